@@ -1,0 +1,40 @@
+# What people do with this project. Every target can be interrupted and run again.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(shell cat requirements/cpu.lock pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
+DEMO_OUTPUT ?= runs/demo
+TEST_ARGS ?=
+
+.PHONY: help install demo test test-all lint format types clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## Make .venv with exactly the versions of requirements/cpu.lock
+
+$(STAMP):
+	@echo "== making $(VENV) (about 4 GB; 2 to 5 minutes) =="
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/installed-*
+	touch $@
+
+demo: install  ## Corpus to checkpoint to scores to tokens per second, in about ten minutes
+	$(BIN)/tinyllama demo --output $(DEMO_OUTPUT)
+
+test: install  ## The whole test suite, as CI runs it
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: install  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and what the demo made
+	rm -rf $(VENV) $(DEMO_OUTPUT)

@@ -1,0 +1,131 @@
+"""The command line: fast, light, with examples everywhere and exit codes that mean something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tinyllama
+
+HEAVY = {"torch", "numpy", "transformers", "deepspeed", "lm_eval", "vllm", "datasets", "sentencepiece"}
+COMMANDS = (
+    ["tokenizer", "train"],
+    ["tokenizer", "export"],
+    ["data", "corpus"],
+    ["data", "prepare"],
+    ["data", "verify"],
+    ["data", "inspect"],
+    ["train"],
+    ["export"],
+    ["eval"],
+    ["serve"],
+    ["demo"],
+)
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys\nfrom tinyllama.cli.app import build\nbuild()\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}
+
+
+def test_help_takes_well_under_half_a_second():
+    tinyllama("--help")
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = tinyllama("--help")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.45, times
+    for command in ("data", "tokenizer", "train", "export", "eval", "serve", "demo"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_examples(command):
+    done = tinyllama(*command, "--help")
+    assert "Example" in done.stdout
+    assert f"tinyllama {' '.join(command)}" in done.stdout
+
+
+def test_version_and_completion():
+    assert tinyllama("--version").stdout.startswith("tinyllama 0.")
+    assert "complete" in tinyllama("--show-completion", "bash", check=False).stdout.lower()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["data", "prepare", "missing.jsonl", "--output", "x", "--tokenizer", "missing.model"],
+        ["data", "verify", "missing"],
+        ["export", "missing", "--output", "x"],
+        ["eval", "--model", "missing", "--tasks", "commonsense"],
+        ["serve", "missing"],
+    ],
+    ids=lambda a: a[0] + "-" + a[-1],
+)
+def test_mistakes_exit_with_two_and_no_traceback(arguments, tmp_path):
+    done = tinyllama(*arguments, check=False, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_packages_do_not_import_one_another():
+    """train, evalsuite and serve may import tinyllama, never one another; tinyllama none of them."""
+    packages = {"tinyllama", "train", "evalsuite", "serve"}
+    for package in packages:
+        allowed = {package} if package == "tinyllama" else {package, "tinyllama"}
+        for path in (ROOT / package).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                words = line.split()
+                if len(words) > 1 and words[0] in ("import", "from"):
+                    imported = words[1].split(".")[0]
+                    assert imported not in packages - allowed, f"{path}: {line}"
+
+
+def test_no_module_hides_an_installed_package():
+    """The launcher puts train/ first on the path; a module named like a package there breaks others in odd ways."""
+    import importlib.util
+
+    names = {p.stem for p in (ROOT / "train").glob("*.py")} - {"__init__", "__main__"}
+    environment = {**os.environ, "PYTHONPATH": ""}
+    for name in names:
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
+        done = subprocess.run([sys.executable, "-I", "-c", code], env=environment, check=False)
+        assert done.returncode == 0, name
+    assert importlib.util.find_spec("train") is not None
+
+
+def test_wheel_works_outside_the_checkout(tmp_path: Path):
+    """Builds the wheel, installs it into a clean environment and runs it there."""
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "clean")], check=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    command = str(tmp_path / "clean" / "bin" / "tinyllama")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "demo" in done.stdout
+    names = subprocess.run(
+        [str(python), "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True, check=True
+    ).stdout
+    for needed in ("train/recipes/tinyllama_1.1b.json", "ds_configs/zero3.json", "evalsuite/bundles/mini/"):
+        assert needed in names
+    # What needs an extra says which one.
+    done = subprocess.run([command, "train"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "tinyllama[" in done.stderr

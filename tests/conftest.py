@@ -1,0 +1,98 @@
+"""Shared, real, small inputs: a corpus that CPython ships, a tokenizer trained on it, token stores, a trained run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+VOCAB_SIZE = 600
+TINY_MODEL = [
+    f"model.vocab_size={VOCAB_SIZE}",
+    "model.hidden_size=64",
+    "model.intermediate_size=176",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=128",
+    "data.sequence_length=64",
+    "training.batch_tokens=768",
+    "optimizer.warmup_steps=2",
+    "checkpoint.every_steps=3",
+    "checkpoint.keep_last=10",
+    "validation.max_sequences=8",
+]
+
+
+def tinyllama(*arguments: object, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "tinyllama", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **options.pop("env", {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=options.pop("cwd", ROOT), **options)
+    if check:
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def settings(*more: str) -> list[str]:
+    """`--set` arguments for the tiny model."""
+    return [argument for setting in (*TINY_MODEL, *more) for argument in ("--set", setting)]
+
+
+def train(data: Path, output: Path, *more: str, ranks: int = 2, extra: tuple[str, ...] = (), check: bool = True):
+    """A real DeepSpeed ZeRO-3 run of the tiny model."""
+    arguments = ["train", "--recipe", "demo", "--data", data, "--output", output, "--num-accelerators", ranks]
+    return tinyllama(*arguments, *settings(*more), *extra, check=check, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """prose.jsonl and code.jsonl from CPython, cut to some hundred kilobytes."""
+    from tinyllama.data import corpus as shipped
+
+    folder = tmp_path_factory.mktemp("corpus")
+    shipped.write(folder)
+    for name, documents in (("prose", 120), ("code", 60)):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        short = [line for line in lines if len(line) < 20_000][:documents]
+        (folder / f"{name}.jsonl").write_text("".join(short))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model trained on the corpus."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    tinyllama("tokenizer", "train", corpus, "--output", path, "--vocab-size", VOCAB_SIZE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stores(corpus: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the stores prose and code, and their tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("prose", "code"):
+        arguments = ["data", "prepare", corpus / f"{name}.jsonl", "--output", folder / name]
+        tinyllama(*arguments, "--tokenizer", tokenizer_model, "--validation-fraction", "0.1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ZeRO-3 run of the tiny model on two ranks: 9 steps, checkpoints at 3, 6 and 9."""
+    run = tmp_path_factory.mktemp("runs") / "two-ranks"
+    train(stores, run, "training.tokens=6912")
+    return run
+
+
+@pytest.fixture(scope="session")
+def export(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face directory of the finished run, fp32."""
+    directory = tmp_path_factory.mktemp("exports") / "tiny"
+    tinyllama("export", finished_run, "--output", directory, "--dtype", "float32")
+    return directory

@@ -1,0 +1,256 @@
+"""Real DeepSpeed ZeRO-3 runs: what is logged, resumed, refused and exported."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, settings, tinyllama, train
+
+from tinyllama import checkpoint
+from tinyllama.data.loader import HeldOut, Mixture, Source
+from tinyllama.errors import CheckpointError
+from tinyllama.model.llama import Llama
+from train.recipe import Recipe
+from train.schedule import learning_rate
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics(run) if "loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.read_weights(folder))
+
+
+def recipe_of(run: Path) -> Recipe:
+    return Recipe.from_dict(json.loads((run / "config.json").read_text())["recipe"])
+
+
+def mixture_of(run: Path, stores: Path) -> Mixture:
+    recipe = recipe_of(run)
+    sources = [Source(s.name, stores / s.name, s.weight) for s in recipe.data.sources]
+    return Mixture(sources, recipe.data.sequence_length, recipe.data.seed)
+
+
+def test_run_directory_has_what_is_promised(finished_run):
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["batch"] == {"micro": 6, "accumulation": 1, "ranks": 2}
+    assert config["deepspeed"]["zero_optimization"]["stage"] == 3
+    steps = [entry for entry in metrics(finished_run) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 10))
+    recipe = recipe_of(finished_run)
+    for entry in steps:
+        assert entry["tokens"] == entry["step"] * 768
+        assert entry["lr"] == learning_rate(entry["tokens"] - 768, recipe)
+        assert entry["step_time_s"] * entry["tokens_per_s"] == pytest.approx(768)
+        assert entry["grad_norm"] > 0
+        assert 0 < entry["mfu"] < 1
+        assert entry["skipped_steps"] == 0
+    assert [step for step, _ in checkpoint.list_checkpoints(finished_run)] == [3, 6, 9]
+
+
+def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path):
+    """The whole engine in fp32 against the same model, batches and AdamW without DeepSpeed."""
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["bf16"] = {"enabled": False}
+    (tmp_path / "fp32.json").write_text(json.dumps(config))
+    more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
+    train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
+    recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
+
+    model = Llama(recipe.model)
+    model.initialize(recipe.training.seed)
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    plain = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    expected = []
+    for step in range(8):
+        ids, targets = map(torch.from_numpy, mixture.fetch(range(12 * step, 12 * step + 12)))
+        loss = model(ids, targets) / (targets >= 0).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(768 * step, recipe)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
+    trained = weights(checkpoint.resolve(tmp_path / "run"))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_validation_is_the_mean_over_all_ranks(finished_run, stores):
+    logged = next(entry["validation"] for entry in metrics(finished_run) if "validation" in entry)
+    model, _ = checkpoint.load_model(finished_run, dtype="bfloat16")
+    for name in ("prose", "code"):
+        held_out = HeldOut(Source(name, stores / name, 1.0), 64)
+        windows = min(8, held_out.num_windows)
+        ids, targets = map(torch.from_numpy, held_out.fetch(range(windows)))
+        with torch.no_grad():
+            loss = model(ids, targets).item() / int((targets >= 0).sum())
+        assert logged[name]["loss"] == pytest.approx(loss, rel=2e-3)
+        assert logged[name]["targets"] == int((targets >= 0).sum())
+        ratio = held_out.store.num_tokens / held_out.bytes_of_text
+        assert logged[name]["bits_per_byte"] == pytest.approx(logged[name]["loss"] / math.log(2) * ratio)
+
+
+def start(stores: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tinyllama", "train", "--recipe", "demo", "--data", str(stores)]
+    command += ["--output", str(run), "--num-accelerators", "2", *settings(*more)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+def test_killed_and_interrupted_runs_end_with_the_same_weights_bit_for_bit(stores, tmp_path):
+    more = ["training.tokens=30720"]  # 40 steps
+    train(stores, tmp_path / "whole", *more)
+    run = tmp_path / "broken"
+
+    process = start(stores, run, *more)
+    wait_for_step(run, 8)
+    ranks = subprocess.run(["pkill", "-KILL", "-f", f"pretrain.py.*{run}"], check=False).returncode
+    assert ranks == 0
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, 75)
+    before = checkpoint.list_checkpoints(run)
+    assert before
+
+    process = start(stores, run, *more)
+    wait_for_step(run, 14)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "resumed from" in output
+    assert "stopped by a signal" in output
+    stopped_at = checkpoint.list_checkpoints(run)[-1][0]
+    assert stopped_at < 40
+
+    train(stores, run, *more, extra=("--resume", "must"))
+    assert losses(run) == losses(tmp_path / "whole")
+    whole, broken = (weights(checkpoint.resolve(r)) for r in (tmp_path / "whole", run))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_another_number_of_ranks_continues_the_same_run(finished_run, stores, tmp_path):
+    """2 ranks to 1: same global batches, losses within the reordering of bf16 sums."""
+    run = tmp_path / "one-rank"
+    shutil.copytree(finished_run, run)
+    for step in (6, 9):
+        shutil.rmtree(run / "checkpoints" / checkpoint.step_name(step))
+    train(stores, run, "training.tokens=6912", ranks=1)
+    assert json.loads((checkpoint.resolve(run) / "state.json").read_text())["ranks"] == 1
+    assert losses(run) == pytest.approx(losses(finished_run), rel=2e-3)
+    assert losses(run)[:3] == losses(finished_run)[:3]
+
+
+def test_a_broken_newest_checkpoint_is_skipped_with_a_warning(finished_run, stores, tmp_path):
+    run = tmp_path / "corrupt"
+    shutil.copytree(finished_run, run)
+    shard = run / "checkpoints" / checkpoint.step_name(9) / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    shutil.copytree(run / "checkpoints" / checkpoint.step_name(6), run / "checkpoints" / "partial-step-00000012")
+    done = train(stores, run, "training.tokens=6912")
+    assert "skipping checkpoint" in done.stderr
+    assert "shard-00001.safetensors does not match its checksum" in done.stderr
+    assert checkpoint.step_name(6) in done.stdout
+    mended = weights(run / "checkpoints" / checkpoint.step_name(9))
+    original = weights(finished_run / "checkpoints" / checkpoint.step_name(9))
+    assert all(torch.equal(mended[name], original[name]) for name in mended)
+
+
+def test_checkpoints_are_chosen_by_number():
+    assert checkpoint.step_name(999_999_99) == "step-99999999"
+    assert checkpoint.step_name(100_000_000) == "step-100000000"
+
+
+def test_newest_is_the_largest_number_not_the_last_name(tmp_path):
+    for step in (999_999, 1_000_000, 99_999_999, 100_000_000):
+        (tmp_path / "checkpoints" / checkpoint.step_name(step)).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "partial-step-999999999").mkdir()
+    assert [s for s, _ in checkpoint.list_checkpoints(tmp_path)] == [999_999, 1_000_000, 99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize(
+    ("more", "extra", "words"),
+    [
+        (["model.num_hidden_layers=3"], (), "model.num_hidden_layers=2"),
+        (["data.seed=4"], (), "data.seed=3407"),
+        ([], ("--resume", "never"), "has checkpoints"),
+    ],
+)
+def test_a_resume_under_other_settings_is_refused(finished_run, stores, more, extra, words):
+    done = train(stores, finished_run, "training.tokens=6912", *more, extra=extra, check=False)
+    assert done.returncode == 2
+    assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
+    assert words in done.stderr
+
+
+def test_mistakes_are_one_line_before_anything_is_launched(stores, tmp_path):
+    for arguments, words in (
+        (["--data", tmp_path], "tinyllama data prepare"),
+        (["--data", stores, "--recipe", "tinylama_1.1b"], "did you mean tinyllama_1.1b"),
+        (["--data", stores, "--deepspeed", "nothing.json"], "nothing.json does not exist"),
+        (["--data", stores, "--resume", "maybe"], "--resume maybe"),
+    ):
+        recipe = [] if "--recipe" in arguments else ["--recipe", "demo"]
+        done = tinyllama("train", *recipe, *arguments, *settings("training.tokens=7680"), check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_launcher_alone_starts_the_same_script(stores, tmp_path):
+    """`deepspeed train/pretrain.py --deepspeed ds_configs/zero3.json`, as the README has it."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "train/pretrain.py"]
+    command += ["--deepspeed", "ds_configs/zero3.json", "--recipe", "demo", "--data", str(stores)]
+    command += ["--output", str(tmp_path / "run"), *settings("training.tokens=1536")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+    # Without data, one line says which command prepares them.
+    command[command.index(str(stores))] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 2
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "tinyllama data prepare" in errors[0]
+
+
+def test_slices_give_any_range_of_any_tensor(finished_run):
+    folder = checkpoint.resolve(finished_run)
+    slices = checkpoint.Slices(folder)
+    name = "model.embed_tokens.weight"
+    whole = slices.read("weight", name, 0, 600 * 64)
+    for start, stop in ((0, 1), (19_199, 19_201), (100, 30_000), (38_399, 38_400)):
+        np.testing.assert_array_equal(slices.read("weight", name, start, stop), whole[start:stop])
+    with pytest.raises(CheckpointError, match="lacks elements"):
+        slices.read("weight", name, 0, 600 * 64 + 1)

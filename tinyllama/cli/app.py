@@ -1,0 +1,98 @@
+"""Assembles `tinyllama`, and gives exit codes their meaning: 0 success, 2 a user's mistake in one red line, 1 a failure.
+
+The commands of `train`, `evalsuite` and `serve` are named here as text and imported when the program starts; the core
+imports no package that builds on it. None of their command modules imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from tinyllama import __version__
+from tinyllama.errors import UserError
+
+COMMANDS = {
+    "train": ("train.cli", "train_command"),
+    "export": ("tinyllama.cli.export", "export_command"),
+    "eval": ("evalsuite.cli", "eval_command"),
+    "serve": ("serve.cli", "serve_command"),
+    "demo": ("tinyllama.cli.demo", "demo_command"),
+}
+GROUPS = {
+    "tokenizer": ("tinyllama.tokenizer.cli", "app", "Train a tokenizer; export it for Hugging Face."),
+    "data": ("tinyllama.cli.data", "app", "Tokenize text into stores that can be verified; look into them."),
+}
+EXAMPLES = """[bold]From text to tokens per second[/]
+
+  tinyllama demo                                              everything below, small, in minutes
+  tinyllama tokenizer train corpus/ --output tokenizer.model --vocab-size 32000
+  tinyllama data prepare corpus/*.jsonl --output data/prose --tokenizer tokenizer.model
+  tinyllama train --recipe tinyllama_1.1b --data data --output runs/1b
+  tinyllama export runs/1b --output exports/1b
+  tinyllama eval --model exports/1b --tasks commonsense
+  tinyllama serve exports/1b"""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tinyllama {__version__}")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """The whole command line."""
+    app = typer.Typer(
+        name="tinyllama",
+        help="Pretrain a ~1B Llama on far more tokens than compute-optimal, prove what it can do, know what it costs.",
+        epilog=EXAMPLES.replace("\n", "\n\n"),
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_show_locals=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    for name, (module, attribute) in COMMANDS.items():
+        command = getattr(importlib.import_module(module), attribute)
+        app.command(name, **getattr(command, "typer_settings", {}))(command)
+    for name, (module, attribute, text) in GROUPS.items():
+        group = getattr(importlib.import_module(module), attribute)
+        app.add_typer(group, name=name, help=text, no_args_is_help=True)
+    return app
+
+
+def print_error(text: str) -> None:
+    """One red line on standard error."""
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("error: ", "bold red"), (text.replace("\n", " "), "red"))
+    Console(stderr=True, soft_wrap=True).print(line)
+
+
+def main() -> None:
+    """Entry point of the `tinyllama` script."""
+    try:
+        build()()
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print_error("interrupted; what was finished is kept, run the same command again to continue")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone: nothing to tell anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,110 @@
+"""Batches of a training mixture: memory-mapped stores read in the exact order of `order`.
+
+A batch is named by its sample numbers alone, so a rank asks for the samples that are its share and nothing needs to be
+remembered between calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyllama.data.order import Order
+from tinyllama.data.store import TokenStore
+from tinyllama.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IGNORE_INDEX = -100  # the loss's own convention: a target that does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A named store and its weight in the mixture, by tokens."""
+
+    name: str
+    directory: Path
+    weight: float
+
+
+class Mixture:
+    """The training split of several stores, in one order."""
+
+    def __init__(self, sources: Sequence[Source], sequence_length: int, seed: int) -> None:
+        self.sources = tuple(sources)
+        self.stores = [TokenStore(s.directory, "train") for s in sources]
+        first = self.stores[0].manifest
+        for source, store in zip(sources, self.stores, strict=True):
+            for field in ("tokenizer_sha256", "separator_policy", "separator_id"):
+                if getattr(store.manifest, field) != getattr(first, field):
+                    raise DataError(
+                        f"stores {sources[0].name} and {source.name} differ in {field}",
+                        fix="prepare them with the same tokenizer and settings",
+                    )
+        self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
+        self.order = Order([s.num_tokens for s in self.stores], [s.weight for s in sources], sequence_length, seed)
+        self.sequence_length = sequence_length
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the order: seed, sources, weights and the content of every store."""
+        parts = [(s.name, s.weight, store.manifest.sha256) for s, store in zip(self.sources, self.stores, strict=True)]
+        return hashlib.sha256(repr((self.order.seed, self.sequence_length, parts)).encode()).hexdigest()
+
+    def fetch(self, samples: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """ids and targets, int64, (samples, sequence_length) each; targets are already shifted by one."""
+        import numpy as np
+
+        samples = list(samples)
+        rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
+        repeated = []
+        for row, index in zip(rows, samples, strict=True):
+            window = self.order(index)
+            row[:] = self.stores[window.source].read(window.start, self.sequence_length + 1)
+            repeated.append(window.repeated)
+        ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+        for target, count in zip(targets, repeated, strict=True):
+            target[:count] = IGNORE_INDEX
+        return ids, targets
+
+    def num_targets(self, samples: Iterable[int]) -> int:
+        """How many targets these samples have, without reading a token."""
+        return sum(self.sequence_length - self.order(index).repeated for index in samples)
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """The ledger: how many epochs of each source the first `num_samples` samples are."""
+        return dict(zip((s.name for s in self.sources), self.order.epochs(num_samples), strict=True))
+
+
+class HeldOut:
+    """The validation split of one store, cut into windows in order; every token but the first is a target once."""
+
+    def __init__(self, source: Source, sequence_length: int) -> None:
+        self.name = source.name
+        self.store = TokenStore(source.directory, "validation")
+        self.sequence_length = sequence_length
+        total = self.store.num_tokens
+        self.bytes_of_text = self.store.manifest.bytes_of_text["validation"]
+        self.num_windows = -(-(total - 1) // sequence_length) if total > sequence_length else min(1, max(0, total - 1))
+
+    def fetch(self, windows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """ids and targets (windows, sequence_length); a window number past the end gives a row without targets.
+
+        So every rank can run the same number of batches, whatever the length of the split.
+        """
+        import numpy as np
+
+        windows = list(windows)
+        ids = np.zeros((len(windows), self.sequence_length), dtype=np.int64)
+        targets = np.full((len(windows), self.sequence_length), IGNORE_INDEX, dtype=np.int64)
+        for row, number in enumerate(windows):
+            if number < self.num_windows:
+                start = number * self.sequence_length
+                count = min(self.sequence_length + 1, self.store.num_tokens - start)
+                tokens = self.store.read(start, count)
+                ids[row, : count - 1], targets[row, : count - 1] = tokens[:-1], tokens[1:]
+        return ids, targets

@@ -1,0 +1,95 @@
+"""Weights to and from Hugging Face directories (safetensors), one tensor at a time.
+
+The names are the same on both sides, so that loading is a strict key and shape check and a copy. `load_model` gives a
+`Llama` from an export or any Hugging Face Llama directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinyllama.errors import CheckpointError
+from tinyllama.model.config import ModelConfig
+from tinyllama.model.llama import Llama
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model of this configuration, without allocating any."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+
+
+def check_names(found: dict[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
+    """Refuse a set of tensors that is not exactly this model's: missing, unexpected or misshapen."""
+    expected = shapes(config)
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where}: tensor {name} is missing", fix="write it again from a complete checkpoint")
+        if tuple(found[name]) != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(found[name])}, the configuration says {shape}",
+                fix="use the configuration that the weights were trained with",
+            )
+    for name in found:
+        if name not in expected and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(f"{where}: unexpected tensor {name}", fix="only plain Llama models are supported")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory, through its index if it has one."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [directory / name for name in names]
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file} does not exist", fix="give a complete Hugging Face directory (safetensors)")
+    return files
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a Hugging Face directory, lazily."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dictionary
+                    yield name, handle.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is corrupt ({error})", fix="export the model again") from None
+
+
+def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copy tensors into the model's parameters; strict on names and shapes."""
+    parameters = dict(model.named_parameters())
+    seen: dict[str, tuple[int, ...]] = {}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            seen[name] = tuple(tensor.shape)
+            if name in parameters and parameters[name].shape == tensor.shape:
+                parameters[name].copy_(tensor)
+    check_names(seen, model.config, where)
+
+
+def load_model(directory: str | Path, dtype: str = "float32", device: str = "cpu") -> Llama:
+    """A `Llama` in eval mode from a Hugging Face Llama directory.
+
+    dtype: one of DTYPES. Raises CheckpointError on missing, unexpected or misshapen tensors.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_hf(directory)
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to_empty(device=device).to(DTYPES[dtype])
+    fill(model, read_tensors(directory), str(directory))
+    return model.eval()

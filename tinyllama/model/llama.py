@@ -1,0 +1,230 @@
+"""The decoder itself, in one file: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Parameter names are Hugging Face's (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
+translation. The loss never materialises the logits of a whole batch: the cross-entropy runs over chunks of positions.
+Knows nothing of DeepSpeed, data or files.
+"""
+
+# Shapes: B batch, T positions in this call, S positions attended to (T, or past + T with a cache), H query heads,
+# K key/value heads, D width of a head, C hidden size, F feed-forward size, V vocabulary.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tinyllama.model.config import ModelConfig
+
+IGNORE_INDEX = -100  # a target that carries no loss; torch's own convention
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 whatever the input's dtype (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for generation. Fixed capacity, filled from the left.
+
+    keys, values: per layer (B, K, capacity, D). `length` is the number of positions filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32, of shape positions.shape + (D,); half-split layout as in Hugging Face's Llama.
+
+    Always fp32: TinyLlama's bf16 tables lose the exact position beyond a few hundred tokens.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angles = positions.float().unsqueeze(-1) * inverse  # (..., D/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary embedding to x (B, heads, T, D) with cos and sin (B or 1, 1, T, D) in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, config.kv_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.kv_dim, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        b, t, _ = x.shape
+        head_dim = self.config.head_dim
+        q = self.q_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            end = cache.length + t
+            cache.keys[layer][:, :, cache.length : end] = k
+            cache.values[layer][:, :, cache.length : end] = v
+            k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # (B, K, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and feed-forward, each behind its norm, each added to the residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        past = cache.length if cache is not None else 0
+        x = self.embed_tokens(ids)  # (B, T, C)
+        if positions is None:
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)  # (B or 1, T, D)
+        cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)  # (B or 1, 1, T, D)
+        if mask is None and past:
+            # Query i sits at position past + i and sees every key up to itself.
+            query = torch.arange(past, past + ids.shape[1], device=ids.device)
+            mask = query[:, None] >= torch.arange(past + ids.shape[1], device=ids.device)[None, :]  # (T, S)
+        for index, layer in enumerate(self.layers):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, cache, index, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, index)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model: `Decoder` and an untied head. Its state dict is LlamaForCausalLM's."""
+
+    def __init__(self, config: ModelConfig, *, loss_chunk_tokens: int = 2048) -> None:
+        super().__init__()
+        self.config = config
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter from its own seeded generator: the same weights on every rank, in any order.
+
+        Normal(0, initializer_range); the projections that write into the residual stream are scaled by
+        1/sqrt(2 * layers) (Radford et al., 2019), so that its variance does not grow with depth. Norms are 1.
+        """
+        residual = ("o_proj.weight", "down_proj.weight")
+        for index, (name, parameter) in enumerate(self.named_parameters()):
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = self.config.initializer_range
+            if name.endswith(residual):
+                std /= (2 * self.config.num_hidden_layers) ** 0.5
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits, or the summed loss where targets are given.
+
+        ids: (B, T) int64. targets: (B, T) int64, already shifted, IGNORE_INDEX where there is no loss.
+        positions: (B, T) or (1, T); default 0..T-1, after the cache's length. mask: boolean, broadcastable to
+        (B, H, T, S), True where attention is allowed; default causal. last_only: logits of the last position alone.
+        Returns (B, T, V) logits, or the scalar fp32 SUM of cross-entropy over the targets (divide by their count).
+        """
+        hidden = self.model(ids, positions, mask, cache)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(hidden[:, -1:] if last_only else hidden)
+        return self.summed_loss(hidden, targets)
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy summed over positions, fp32, `loss_chunk_tokens` positions at a time.
+
+        The logits of a chunk are recomputed in the backward pass, so that at most one chunk of them exists at once.
+        """
+        flat, goals = hidden.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T)
+        if flat.shape[0] <= self.loss_chunk_tokens:
+            return self._chunk_loss(flat, goals)
+        total = flat.new_zeros((), dtype=torch.float32)
+        for start in range(0, flat.shape[0], self.loss_chunk_tokens):
+            piece = slice(start, start + self.loss_chunk_tokens)
+            if torch.is_grad_enabled():
+                total = total + checkpoint(self._chunk_loss, flat[piece], goals[piece], use_reentrant=False)
+            else:
+                total = total + self._chunk_loss(flat[piece], goals[piece])
+        return total
+
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(hidden).float()  # (chunk, V)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")

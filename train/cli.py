@@ -1,0 +1,71 @@
+"""`tinyllama train`: checks everything that needs no launch, shows the plan, then calls the DeepSpeed launcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def train_command(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Option(help="What to train: a JSON file, or the name of one shipped.")] = None,
+    deepspeed: Annotated[str, typer.Option(help="How to run it: a DeepSpeed JSON, or the name of one shipped.")] = "zero3",
+    data: Annotated[Path, typer.Option(help="Folder of the recipe's token stores.")] = Path("data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/pretrain"),
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
+    num_accelerators: Annotated[int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several machines.")] = None,
+    launcher: Annotated[str, typer.Option(help="Further arguments of the DeepSpeed launcher, as one string.")] = "",
+) -> None:
+    """Pretrain under DeepSpeed. Run the same command again to continue from the last checkpoint.
+
+    Exit code 75: stopped by a signal, after saving.
+
+    [bold]Examples[/]
+
+      tinyllama train --data data --output runs/1b
+
+      tinyllama train --recipe tinyllama_120m --num-accelerators 2 --set training.tokens=1e9 --output runs/120m
+
+      tinyllama train --hostfile hosts --deepspeed my_zero3.json --launcher "--master_port 29600"
+    """
+    import shlex
+    import sys
+
+    from rich.console import Console
+
+    from tinyllama.errors import ConfigError
+    from train import plan as planning
+    from train.launch import launch
+    from train.recipe import load_recipe
+
+    if resume not in ("auto", "never", "must"):
+        raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
+    config = Path(deepspeed)
+    if not config.exists() and (CONFIGS / f"{config.name}.json").exists():
+        config = CONFIGS / f"{config.name}.json"
+    wanted = load_recipe(recipe, setting)
+    raw = planning.read_deepspeed(config)
+    if num_accelerators is not None and hostfile is None:
+        planning.resolve_deepspeed(raw, wanted, num_accelerators)
+    mixture = planning.open_mixture(wanted, data)
+    console = Console(highlight=False)
+    steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
+    console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")
+    for name, epochs in mixture.epochs(steps * (batch // wanted.data.sequence_length)).items():
+        console.print(f"  {name}: {epochs:.3f} epochs")
+
+    script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
+    script += ["--recipe", recipe] if recipe else []
+    script += ["--tokenizer", str(tokenizer)] if tokenizer else []
+    script += [argument for entry in setting for argument in ("--set", entry)]
+    arguments = shlex.split(launcher)
+    arguments += ["--hostfile", str(hostfile)] if hostfile else []
+    arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
+    sys.exit(launch(arguments, script))

@@ -1,0 +1,67 @@
+"""Calls the DeepSpeed launcher with `pretrain.py`, and passes signals to the ranks so that they can save.
+
+DeepSpeed's own runner kills its ranks within a tenth of a second of an interrupt; this process stands before it in a
+session of its own, so that Ctrl-C and SIGTERM arrive here, go to the ranks, and are answered by a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tinyllama.errors import MissingExtraError
+
+PRETRAIN = Path(__file__).with_name("pretrain.py")
+
+
+def launcher() -> list[str]:
+    """The command of DeepSpeed's launcher, in this interpreter."""
+    import importlib.util
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError("deepspeed", "train")
+    return [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+
+def ranks_below(pid: int) -> list[int]:
+    """Process ids of the ranks (the processes that run `pretrain.py`, not the launchers that name it)."""
+    import psutil
+
+    found = []
+    try:
+        for child in psutil.Process(pid).children(recursive=True):
+            line = child.cmdline()
+            if str(PRETRAIN) in line and "deepspeed.launcher.launch" not in line and "deepspeed.launcher.runner" not in line:
+                found.append(child.pid)
+    except psutil.Error:
+        pass
+    return found
+
+
+def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
+    """Run the launcher to its end; returns its exit code. SIGINT and SIGTERM become SIGTERM for every rank."""
+    import time
+
+    command = [*launcher(), *launcher_arguments, str(PRETRAIN), *script_arguments]
+    environment = {**os.environ, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def forward(number: int, _: object) -> None:
+        ranks = ranks_below(process.pid)
+        for pid in ranks:
+            os.kill(pid, signal.SIGTERM)
+        if not ranks:  # not started yet, or on other hosts: the launcher has to do it
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while (code := process.poll()) is None:
+            time.sleep(0.1)
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

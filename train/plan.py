@@ -1,0 +1,158 @@
+"""The numbers of a run before it is launched: batch plan, epochs, resolved DeepSpeed JSON. Torch-free.
+
+`batch_tokens = micro x accumulation x ranks x sequence_length`, always; impossible combinations are refused with all
+the numbers. The DeepSpeed JSON must leave to the recipe what the recipe says (batch, clipping, optimizer, schedule).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tinyllama.data.loader import Mixture, Source
+from tinyllama.errors import ConfigError, DataError, UserError
+from train.recipe import Recipe
+
+# Enough positions at once to keep a GPU busy; more only costs memory. A recipe or the JSON can say otherwise.
+MICRO_BATCH_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step's sequences are divided: micro x accumulation x ranks = sequences."""
+
+    micro: int
+    accumulation: int
+    ranks: int
+    sequence_length: int
+
+    @property
+    def sequences(self) -> int:
+        return self.micro * self.accumulation * self.ranks
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.sequence_length
+
+    def samples(self, step: int, rank: int, micro_step: int) -> range:
+        """Sample numbers that `rank` reads in one micro-step. The step's set is the same for any division."""
+        first = step * self.sequences + (micro_step * self.ranks + rank) * self.micro
+        return range(first, first + self.micro)
+
+    def __str__(self) -> str:
+        return (
+            f"micro {self.micro} x accumulation {self.accumulation} x ranks {self.ranks} x "
+            f"{self.sequence_length} tokens = {self.tokens:,} tokens a step"
+        )
+
+
+def plan_batch(recipe: Recipe, ranks: int, micro: int | None = None) -> BatchPlan:
+    """Divide the recipe's batch over `ranks`. micro: from the recipe or the JSON; derived when None."""
+    length, batch = recipe.data.sequence_length, recipe.training.batch_tokens
+    unit = ranks * length * (micro or 1)
+    if batch % unit:
+        raise ConfigError(
+            f"training.batch_tokens={batch:,} is not a multiple of micro {micro or 1} x seq {length} x ranks {ranks} "
+            f"= {unit:,}",
+            fix=f"nearest: {max(1, round(batch / unit)) * unit:,}",
+        )
+    share = batch // (ranks * length)  # sequences a rank sees in a step
+    if micro is None:
+        micro = max(d for d in range(1, share + 1) if share % d == 0 and (d == 1 or d * length <= MICRO_BATCH_TOKENS))
+    return BatchPlan(micro, share // micro, ranks, length)
+
+
+def read_deepspeed(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON, refused where it says what the recipe decides."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"DeepSpeed JSON {path} does not exist", fix="use ds_configs/zero3.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"DeepSpeed JSON {path} is not JSON ({error})", fix="correct the file") from None
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ConfigError(f"{path}: zero_optimization.stage={stage}", fix="checkpoints are written for stage 3; use it")
+    return config
+
+
+def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, ranks: int) -> tuple[dict[str, Any], BatchPlan]:
+    """The JSON with every "auto" resolved, and the batch plan. Contradictions with the recipe are refused."""
+    resolved = copy.deepcopy(config)
+    given = resolved.get("train_micro_batch_size_per_gpu", "auto")
+    micro = recipe.training.micro_batch_sequences or (None if given == "auto" else given)
+    plan = plan_batch(recipe, ranks, micro)
+    ours = {
+        "train_batch_size": plan.sequences,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": recipe.optimizer.grad_clip,
+    }
+    for key, value in ours.items():
+        if resolved.get(key, "auto") not in ("auto", value):
+            raise ConfigError(f"DeepSpeed JSON: {key}={resolved[key]}, the recipe gives {value}", fix='set it to "auto"')
+    hidden = recipe.model.hidden_size
+    sizes = {  # Hugging Face's rule; DeepSpeed's own defaults suit models ten times as large
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }
+    zero = resolved["zero_optimization"]
+    for key, value in sizes.items():
+        if zero.get(key, "auto") == "auto":
+            zero[key] = value
+    resolved.update(ours, train_micro_batch_size_per_gpu=plan.micro)
+    for key, value in _leaves(resolved):
+        if value == "auto":
+            raise ConfigError(f'DeepSpeed JSON: {key}="auto" cannot be derived', fix="give a value")
+    # DeepSpeed accumulates in the model's dtype unless told otherwise; in bf16 small gradients would vanish.
+    resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return resolved, plan
+
+
+def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{path}.{k}" if path else k)]
+    return [(path, value)]
+
+
+def sources(recipe: Recipe, data: str | Path) -> list[Source]:
+    """The recipe's sources as stores below the data folder; one line says how to make what is missing."""
+    found = []
+    for source in recipe.data.sources:
+        directory = Path(data) / (source.store or source.name)
+        if not (directory / "manifest.json").exists():
+            raise DataError(
+                f"no token store for source {source.name!r} at {directory}",
+                fix=f"tinyllama data prepare INPUT... --output {directory} --tokenizer FILE",
+            )
+        found.append(Source(source.name, directory, source.weight))
+    return found
+
+
+def open_mixture(recipe: Recipe, data: str | Path) -> Mixture:
+    """The training mixture, checked against the recipe: vocabulary, and epochs below the cap for the whole run."""
+    mixture = Mixture(sources(recipe, data), recipe.data.sequence_length, recipe.data.seed)
+    if mixture.vocab_size != recipe.model.vocab_size:
+        raise ConfigError(
+            f"the stores' tokenizer has {mixture.vocab_size} pieces, model.vocab_size={recipe.model.vocab_size}",
+            fix="prepare the data with the recipe's tokenizer, or set model.vocab_size",
+        )
+    samples = num_steps(recipe) * (recipe.training.batch_tokens // recipe.data.sequence_length)
+    for name, epochs in mixture.epochs(samples).items():
+        if epochs > recipe.data.max_epochs:
+            raise UserError(
+                f"source {name!r} would be repeated {epochs:.2f} times, data.max_epochs={recipe.data.max_epochs:g}",
+                fix="train on fewer tokens, prepare more of it, or lower its weight (Muennighoff et al., 2023)",
+            )
+    return mixture
+
+
+def num_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the whole run: its tokens over its batch, rounded up."""
+    return -(-recipe.training.tokens // recipe.training.batch_tokens)

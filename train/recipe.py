@@ -1,0 +1,205 @@
+"""The recipe: what to train. A JSON file with these sections; unknown keys are refused. Torch-free.
+
+Precedence: `--set key=value` over the recipe over the defaults below. The resolved recipe is written into the run
+directory and into every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllama.errors import ConfigError, nearest
+from tinyllama.model.config import ModelConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "tinyllama_1.1b.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A token store in the data folder and its weight in the mixture, by tokens. `store` defaults to the name."""
+
+    name: str
+    weight: float
+    store: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, in which order. max_epochs: Muennighoff et al. (2023) find up to 4 epochs almost free."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig("slimpajama", 0.7), SourceConfig("starcoder", 0.3))
+    sequence_length: int = 2048
+    seed: int = 3407
+    max_epochs: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long and in which portions. micro_batch_sequences: sequences on one rank at a time; derived when null."""
+
+    tokens: int = 3_000_000_000_000
+    batch_tokens: int = 2_097_152
+    micro_batch_sequences: int | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 1337
+    log_every_steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its cosine schedule. Norms and the input embedding have no weight decay."""
+
+    lr: float = 4e-4
+    min_lr: float = 4e-5
+    warmup_steps: int = 2000
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """How often, and over how many windows of each source at most, the validation loss is measured."""
+
+    every_steps: int = 1000
+    max_sequences: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a checkpoint is written, and how many of the newest are kept."""
+
+    every_steps: int = 1000
+    keep_last: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole training run, independent of the hardware."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        opt = self.optimizer
+        if not 0 <= opt.min_lr < opt.lr:
+            raise ConfigError(
+                f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr"
+            )
+        positive = {
+            "data.sequence_length": self.data.sequence_length,
+            "data.max_epochs": self.data.max_epochs,
+            "training.tokens": self.training.tokens,
+            "training.batch_tokens": self.training.batch_tokens,
+            "training.log_every_steps": self.training.log_every_steps,
+            "validation.every_steps": self.validation.every_steps,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
+        }
+        for key, value in positive.items():
+            if value <= 0:
+                raise ConfigError(f"{key}={value} is not above zero", fix="correct the recipe")
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is above "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}",
+                fix="raise max_position_embeddings",
+            )
+        names = [source.name for source in self.data.sources]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"data.sources are named {names}", fix="give at least one source, each its own name")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` gives the same recipe back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Build a recipe; ConfigError on an unknown key or a value of the wrong kind."""
+        return typing.cast(Recipe, _build(cls, values, ""))
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (from JSON) as `kind`: a dataclass, a tuple, or a plain type, with unions of plain types."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where or 'recipe'}={value!r} is not a JSON object", fix="correct the recipe")
+        hints = typing.get_type_hints(kind)
+        valid = [field.name for field in dataclasses.fields(kind)]
+        for key in value:
+            if key not in valid:
+                path = f"{where}.{key}" if where else key
+                raise ConfigError(f"{path} is not a recipe setting", fix=nearest(key, valid))
+        built = {k: _build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()}
+        try:
+            return kind(**built)  # type: ignore[operator]
+        except TypeError as error:
+            raise ConfigError(f"{where or 'recipe'}: {error}", fix="correct the recipe") from None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}={value!r} is not a list", fix="correct the recipe")
+        return tuple(_build(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    options = arguments if origin in (typing.Union, types.UnionType) else (kind,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        # Token counts read better as 3e12, which JSON makes a float.
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+    expected = " or ".join("null" if o is type(None) else o.__name__ for o in options)
+    raise ConfigError(f"{where}={value!r} is not of type {expected}", fix="correct the recipe")
+
+
+def parse_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """`a.b=value` strings to paths and JSON values (a bare word is a string)."""
+    parsed = []
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting}", fix="write --set section.key=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        parsed.append((key.split("."), value))
+    return parsed
+
+
+def load_recipe(path: str | Path | None = None, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe in a JSON file (or of that name among those shipped), with `--set` settings laid over it."""
+    file = Path(path) if path else DEFAULT_RECIPE
+    if not file.exists() and (RECIPES / f"{file.name}.json").exists():
+        file = RECIPES / f"{file.name}.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        shipped = sorted(p.stem for p in RECIPES.glob("*.json"))
+        raise ConfigError(f"recipe {path} does not exist", fix=nearest(file.stem, shipped)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"recipe {file} is not JSON ({error})", fix="correct the file") from None
+    for keys, value in parse_settings(settings):
+        section = values
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set {'.'.join(keys)}: {key} is not a section", fix="see the recipe's sections")
+        section[keys[-1]] = value
+    return Recipe.from_dict(values)

@@ -1,0 +1,162 @@
+"""Checkpoints of a DeepSpeed ZeRO-3 engine: every rank writes its slices, rank 0 makes the result valid.
+
+The format is `tinyllama.checkpoint`'s, so any number of ranks can resume and no DeepSpeed is needed to export. DeepSpeed
+is reached through its documented accessors for the local part of a ZeRO-3 parameter.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama import checkpoint
+from tinyllama.data.store import file_sha256
+from tinyllama.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    names = ("tinyllama", "torch", "deepspeed", "transformers", "sentencepiece", "safetensors", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _local_range(numel: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The elements of a flattened parameter that ZeRO-3 keeps on `rank`: equal parts, the last ones padded."""
+    part = -(-numel // ranks)
+    return min(numel, rank * part), min(numel, (rank + 1) * part)
+
+
+def save(engine: DeepSpeedEngine, run: Path, state: dict[str, Any], tokenizer: Path | None, keep_last: int) -> Path:
+    """Write the checkpoint of `state["step"]`; collective. Returns its folder, which appears by one rename."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+    from safetensors.torch import save_file
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    final = run / "checkpoints" / checkpoint.step_name(state["step"])
+    partial = final.with_name(f"partial-{final.name}")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        start, stop = _local_range(parameter.ds_numel, rank, ranks)
+        if start == stop:
+            continue
+        local = {checkpoint.WEIGHT: safe_get_local_fp32_param(parameter)}
+        for moment in checkpoint.MOMENTS:
+            local[moment] = safe_get_local_optimizer_state(parameter, moment)
+        for kind, tensor in local.items():
+            tensors[f"{kind}|{name}|{start}"] = tensor.flatten()[: stop - start].cpu().clone()
+    shard = partial / f"shard-{rank:05d}.safetensors"
+    save_file(tensors, shard)
+    with open(shard, "rb") as stream:
+        os.fsync(stream.fileno())
+    entries: list[Any] = [None] * ranks
+    dist.all_gather_object(entries, {shard.name: {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}})
+    if rank == 0:
+        files = {name: entry for found in entries for name, entry in found.items()}
+        _finish(partial, final, {**state, "ranks": ranks, "versions": versions()}, tokenizer, files)
+        for _, old in checkpoint.list_checkpoints(run)[:-keep_last]:
+            # A folder that loses its final name first is never half of a checkpoint.
+            doomed = old.with_name(f"partial-{old.name}")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+    dist.barrier()
+    return final
+
+
+def _finish(partial: Path, final: Path, state: dict[str, Any], tokenizer: Path | None, files: dict[str, Any]) -> None:
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / "tokenizer.model")
+    for name in ("state.json", "tokenizer.model"):
+        if (partial / name).exists():
+            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
+    with open(partial / "manifest.json", "w") as stream:
+        json.dump({"format": checkpoint.FORMAT, "files": files}, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def newest_valid(run: Path, warn: Any) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run whose checksums hold, and its state; broken ones are skipped with a warning."""
+    for _, directory in reversed(checkpoint.list_checkpoints(run)):
+        try:
+            return directory, checkpoint.verify(directory)
+        except CheckpointError as error:
+            warn(f"skipping checkpoint: {error}")
+    return None
+
+
+def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """A resume must continue the same model on the same data in the same order; shows the first difference."""
+    for key in ("model", "data"):
+        for name, value in new["recipe"][key].items():
+            before = old["recipe"][key].get(name)
+            if before != value:
+                raise CheckpointError(
+                    f"{where} was trained with {key}.{name}={before!r}, this recipe says {value!r}",
+                    fix="use the same recipe, or --resume never with another --output",
+                )
+    if old["recipe"]["training"]["batch_tokens"] != new["recipe"]["training"]["batch_tokens"]:
+        raise CheckpointError(
+            f"{where} was trained with training.batch_tokens={old['recipe']['training']['batch_tokens']}",
+            fix="keep the batch, or --resume never with another --output",
+        )
+    if old["mixture_sha256"] != new["mixture_sha256"]:
+        raise CheckpointError(
+            f"{where} was trained on other data: the stores' checksums differ",
+            fix="give the same --data, or --resume never with another --output",
+        )
+
+
+def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: int) -> None:
+    """Fill the fp32 master weights and Adam's moments of this rank from a checkpoint; collective-free.
+
+    The model's weights must have been loaded before DeepSpeed wrapped it: they give the low-precision copy.
+    """
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat:
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(float(optimizer_steps), device=flat.device),
+            **{moment: torch.zeros_like(flat) for moment in checkpoint.MOMENTS},
+        }
+    slices = checkpoint.Slices(directory)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name, parameter in engine.module.named_parameters():
+        numel = prod(parameter.ds_shape)
+        start, stop = _local_range(numel, rank, ranks)
+        for kind in (checkpoint.WEIGHT, *checkpoint.MOMENTS):
+            local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
+            if start < stop:
+                local[: stop - start] = slices.read(kind, name, start, stop)
+            if kind == checkpoint.WEIGHT:
+                safe_set_local_fp32_param(parameter, local)
+            else:
+                safe_set_local_optimizer_state(parameter, local, kind)

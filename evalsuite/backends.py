@@ -1,0 +1,141 @@
+"""Makes lm-eval's model object: `native` (our Llama), `hf` (transformers) or `vllm`. Each imported when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tinyllama import checkpoint
+from tinyllama.errors import MissingExtraError, UserError
+
+BACKENDS = ("native", "hf", "vllm")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """What is evaluated, and how: `path` is a local directory or a hub id."""
+
+    path: str
+    backend: str
+    dtype: str
+    batch_size: int
+    max_length: int | None = None
+
+    @property
+    def local(self) -> bool:
+        return Path(self.path).exists()
+
+
+def choose(model: str, backend: str | None, dtype: str, batch_size: int, max_length: int | None) -> ModelChoice:
+    """Check the arguments; derive the backend: native for local Llama directories and checkpoints, else hf."""
+    path = Path(model)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}", fix="give float32, bfloat16 or float16")
+    is_checkpoint = path.is_dir() and checkpoint.is_checkpoint(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not is_checkpoint and not (path / "config.json").exists():
+            raise UserError(
+                f"--model {model} is neither a Hugging Face directory nor a checkpoint",
+                fix="give one, or a hub id such as owner/name",
+            )
+    derived = backend or ("native" if path.exists() else "hf")
+    if derived not in BACKENDS:
+        raise UserError(f"--backend {backend}", fix=f"give one of {', '.join(BACKENDS)}")
+    if is_checkpoint and derived != "native":
+        raise UserError(f"--backend {derived} cannot read a checkpoint", fix="use native, or tinyllama export first")
+    if not path.exists() and derived == "native":
+        raise UserError(f"--backend native needs a local directory, {model} is a hub id", fix="use hf or vllm")
+    return ModelChoice(model, derived, dtype, batch_size, max_length)
+
+
+def content_sha256(choice: ModelChoice) -> str:
+    """Identity of the weights and tokenizer: of an export or checkpoint by content, of a hub id by name."""
+    from tinyllama.data.store import file_sha256
+    from tinyllama.export import content_sha256 as of_directory
+
+    if not choice.local:
+        return f"hub:{choice.path}"
+    if checkpoint.is_checkpoint(choice.path):
+        return file_sha256(checkpoint.resolve(choice.path) / "manifest.json")
+    return of_directory(choice.path)
+
+
+def make(choice: ModelChoice, log: Path) -> Any:
+    """The lm-eval model object of a choice."""
+    if choice.backend == "vllm":
+        return _make_vllm(choice, log)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if choice.backend == "native":
+        from evalsuite.native import NativeLM
+
+        return NativeLM.load(choice)
+    from evalsuite.counting import CountingHFLM
+
+    return CountingHFLM(
+        pretrained=choice.path,
+        dtype=choice.dtype,
+        batch_size=choice.batch_size,
+        max_length=choice.max_length,
+        device="cuda" if _has_cuda() else "cpu",
+    )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _make_vllm(choice: ModelChoice, log: Path) -> Any:
+    """lm-eval's vLLM backend. It asks for the distribution `vllm`, which the CPU build has under another name."""
+    import importlib.util
+
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtraError("vllm", "cpu")
+    if not _has_cuda():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    original = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return original(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name == "vllm":
+                return original("vllm-cpu")
+            raise
+
+    importlib.metadata.version = version
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(
+            pretrained=choice.path,
+            dtype=choice.dtype,
+            batch_size="auto",
+            max_model_len=choice.max_length,
+            enforce_eager=not _has_cuda(),
+            seed=0,
+        )
+    finally:
+        importlib.metadata.version = original
+
+
+def tokenizer_directory(choice: ModelChoice) -> Path:
+    """A Hugging Face tokenizer for the model: the export's own, or one written for a checkpoint, proven as any other."""
+    if not checkpoint.is_checkpoint(choice.path):
+        return Path(choice.path)
+    from tinyllama.tokenizer.export import export_hf
+
+    model = checkpoint.resolve(choice.path) / "tokenizer.model"
+    if not model.exists():
+        raise UserError(f"{choice.path} holds no tokenizer.model", fix="export it with --tokenizer FILE")
+    target = Path(tempfile.mkdtemp(prefix="tinyllama-tokenizer-"))
+    export_hf(model, target)
+    return target

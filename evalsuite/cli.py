@@ -1,0 +1,80 @@
+"""`tinyllama eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def eval_command(
+    model: Annotated[str, typer.Option(help="Export, Hugging Face directory, training checkpoint, or hub id.")],
+    tasks: Annotated[str, typer.Option(help="commonsense, problem_solving, all, or task names with commas.")] = "commonsense",
+    backend: Annotated[str | None, typer.Option(help="native, hf or vllm; default native for local models.")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Offline bundle: nothing touches the network. mini: the small one in the package.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results.json goes.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    max_length: Annotated[int | None, typer.Option(help="Context in tokens; default the model's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the tables.")] = False,
+) -> None:
+    """Score a model through lm-eval and show it beside the published rows.
+
+    results.json is written after each benchmark; run the same command again and finished ones are kept.
+
+    [bold]Examples[/]
+
+      tinyllama eval --model exports/1b --tasks commonsense
+
+      tinyllama eval --model runs/1b/checkpoints/step-00001000 --tasks all --data-dir bundle --output eval/1000
+
+      tinyllama eval --model TinyLlama/TinyLlama_v1.1 --backend vllm --tasks hellaswag,arc_easy --limit 200
+    """
+    import json
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from evalsuite import backends, runner, suites, table
+    from tinyllama.errors import UserError
+
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}", fix="give 1 or more")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}", fix="give 1 or more")
+    choice = backends.choose(model, backend, dtype, batch_size, max_length)
+    chosen = suites.select(tasks)
+    target = output or Path("eval") / Path(model).name
+    request = runner.Request(choice, chosen, data_dir, limit, target)
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("[bold]eval"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("preparing", total=len(chosen))
+
+        def report(name: str, state: str, seconds: float) -> None:
+            progress.update(bar, description=name)
+            if state != "start":
+                progress.advance(bar)
+                kept = " (kept from before)" if state == "kept" else ""
+                progress.console.print(f"{name}: {seconds:.1f} s{kept}")
+
+        found = runner.evaluate(request, report)
+    (target / "table.md").write_text(table.markdown(found))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    out = Console(highlight=False)
+    table.print_comparison(found, out)
+    out.print(f"results: {target / 'results.json'}, per-item samples: {target / 'samples'}")

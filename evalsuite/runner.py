@@ -1,0 +1,263 @@
+"""Evaluates benchmark after benchmark and writes `results.json` after each, so that nothing finished is ever lost.
+
+A benchmark that is in the file already, with the same model content, settings, data and versions, is not done again. The
+per-item samples lie beside it in `samples/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evalsuite import backends, bundle, suites
+from evalsuite.suites import Benchmark
+from tinyllama.errors import UserError
+
+FORMAT = "tinyllama-results-1"
+PROTOCOL = "harness"
+NAMES = ("tinyllama", "lm_eval", "torch", "transformers", "datasets")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One evaluation: a model, benchmarks, and where the data come from and the results go."""
+
+    choice: backends.ModelChoice
+    benchmarks: list[Benchmark]
+    data_dir: str | None
+    limit: int | None
+    output: Path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically; numpy numbers become plain ones, and what is not a number null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(k): plain(v) for k, v in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(v) for v in item]
+        if hasattr(item, "item") and getattr(item, "ndim", 1) == 0:
+            item = item.item()
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        return item
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False, default=str) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})", fix="give a writable --output with space") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a score."""
+    return {name: importlib.metadata.version(name) for name in NAMES}
+
+
+def combine(values: list[float], stderrs: list[float | None], sizes: list[int]) -> tuple[float, float | None]:
+    """Mean over all items of several leaf tasks, and its standard error, by lm-eval's pooled variance.
+
+    values, stderrs, sizes: per leaf. The error is None where a leaf has too few items for one.
+    """
+    total = sum(sizes)
+    value = sum(v * n for v, n in zip(values, sizes, strict=True)) / total
+    if any(s is None or not math.isfinite(s) for s in stderrs) or total == len(sizes):
+        return value, None
+    if len(sizes) == 1:
+        return value, stderrs[0]
+    pooled = sum((n - 1) * s**2 * n for s, n in zip(stderrs, sizes, strict=True) if s is not None)
+    return value, math.sqrt(pooled / (total - len(sizes)) / total)
+
+
+def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> dict[str, Any]:
+    """Headline metric of a benchmark from lm-eval's results of its leaves."""
+    found: dict[str, dict[str, Any]] = {}
+    names = sorted({key.split(",")[0] for key in results["results"][leaves[0]] if "," in key and "_stderr" not in key})
+    headline = benchmark.metric or next((m for m in ("acc_norm", "acc", "exact_match", "f1") if m in names), names[0])
+    per_leaf = {}
+    for leaf in leaves:
+        entry, size = results["results"][leaf], results["n-samples"][leaf]["effective"]
+        key = next(k for k in entry if k.split(",")[0] == headline and "," in k)
+        metric, filter_name = key.split(",", 1)
+        stderr = entry.get(f"{metric}_stderr,{filter_name}")
+        per_leaf[leaf] = {
+            "value": float(entry[key]),
+            "stderr": float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+            "n": int(size),
+        }
+        found[leaf] = {"key": key, "higher_is_better": results["higher_is_better"][leaf].get(metric, True)}
+    value, stderr = combine(*(list(column) for column in zip(
+        *((p["value"], p["stderr"], p["n"]) for p in per_leaf.values()), strict=True)))  # fmt: skip
+    first = leaves[0]
+    others = {
+        k: float(v)
+        for k, v in results["results"][first].items()
+        if len(leaves) == 1 and "," in k and isinstance(v, int | float) and "_stderr" not in k
+    }
+    return {
+        "metric": headline,
+        "metric_key": found[first]["key"],
+        "value": value,
+        "stderr": stderr,
+        "n": sum(p["n"] for p in per_leaf.values()),
+        "num_fewshot": int(results["n-shot"][first]),
+        "higher_is_better": found[first]["higher_is_better"],
+        "protocol": PROTOCOL,
+        "task_version": results["versions"].get(first),
+        "metrics": others,
+        "leaves": per_leaf if len(leaves) > 1 else {},
+        "note": benchmark.note,
+    }
+
+
+def suite_means(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Unweighted mean of each suite whose every benchmark is there, with the standard error of independent parts."""
+    means = {}
+    for name, members in suites.SUITES.items():
+        if all(m.name in tasks for m in members):
+            stderrs = [tasks[m.name]["stderr"] for m in members]
+            known = all(s is not None for s in stderrs)
+            means[name] = {
+                "value": sum(tasks[m.name]["value"] for m in members) / len(members),
+                "stderr": math.sqrt(sum(s * s for s in stderrs)) / len(members) if known else None,
+                "protocol": PROTOCOL,
+            }
+    return means
+
+
+def _task_key(request: Request, model_sha256: str, benchmark: Benchmark, data_sha256: str | None) -> str:
+    choice = dataclasses.asdict(request.choice)
+    choice.pop("path")
+    parts = [model_sha256, choice, request.limit, dataclasses.asdict(benchmark), data_sha256, versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_old(path: Path) -> dict[str, Any]:
+    try:
+        old = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return old.get("tasks", {}) if old.get("format") == FORMAT else {}
+
+
+def evaluate(request: Request, report: Callable[[str, str, float], None]) -> dict[str, Any]:
+    """Evaluate what is not done yet. report(benchmark, state, seconds) is called at "start", "done" and "kept".
+
+    Returns what is in `results.json`. UserError for unknown tasks and missing data, before the model is loaded.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="tinyllama-eval-"))
+    try:
+        return _evaluate(request, report, scratch)
+    finally:
+        import shutil
+
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _evaluate(request: Request, report: Callable[[str, str, float], None], scratch: Path) -> dict[str, Any]:
+    data = bundle.find(request.data_dir) if request.data_dir else None
+    if data:
+        bundle.go_offline(scratch / "huggingface")
+    _quieten()
+    from evalsuite.definitions import prepare
+
+    model_sha256 = backends.content_sha256(request.choice)
+    prepared = [prepare(benchmark, data, scratch) for benchmark in request.benchmarks]
+    if any(b.name == "humaneval" for b in request.benchmarks):
+        from evalsuite.sandbox import Sandbox
+
+        Sandbox.shared()
+    path = request.output / "results.json"
+    old = _read_old(path)
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "model": request.choice.path,
+        "content_sha256": model_sha256,
+        "backend": request.choice.backend,
+        "protocol": PROTOCOL,
+        "settings": {
+            **{k: v for k, v in dataclasses.asdict(request.choice).items() if k not in ("path", "backend")},
+            "limit": request.limit,
+            "data_dir": request.data_dir,
+        },
+        "versions": versions(),
+        "tasks": {},
+        "suites": {},
+    }
+    model = None
+    for task in prepared:
+        name = task.benchmark.name
+        key = _task_key(request, model_sha256, task.benchmark, task.data_sha256)
+        if old.get(name, {}).get("key") == key:
+            found["tasks"][name] = old[name]
+            report(name, "kept", old[name]["seconds"])
+            continue
+        report(name, "start", 0.0)
+        started = time.monotonic()
+        if model is None:
+            model = backends.make(request.choice, request.output)
+        truncated_before = getattr(model, "num_truncated", None)
+        results = _run(model, task, request.limit)
+        entry = score(task.benchmark, results, task.leaves)
+        entry["truncated_prompts"] = None if truncated_before is None else model.num_truncated - truncated_before
+        entry["seconds"] = round(time.monotonic() - started, 2)
+        entry["key"] = key
+        _write_samples(request.output / "samples" / f"{name}.jsonl", results["samples"])
+        found["tasks"][name] = entry
+        found["suites"] = suite_means(found["tasks"])
+        write_json(path, found)
+        report(name, "done", entry["seconds"])
+    found["suites"] = suite_means(found["tasks"])
+    write_json(path, found)
+    return json.loads(path.read_text())
+
+
+def _run(model: Any, task: Any, limit: int | None) -> dict[str, Any]:
+    import lm_eval
+
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(task.leaves),
+        task_manager=task.manager,
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=True,
+    )
+    if results is None:
+        raise RuntimeError("lm-eval returned nothing")
+    for leaf in task.leaves:
+        values = [v for k, v in results["results"][leaf].items() if "," in k and "_stderr" not in k]
+        if any(isinstance(v, float) and math.isnan(v) for v in values):
+            raise UserError(f"{leaf}: the model's scores are not numbers", fix="check the model's weights for NaN")
+    return dict(results)
+
+
+def _write_samples(path: Path, samples: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        for leaf, entries in samples.items():
+            for entry in entries:
+                stream.write(json.dumps({"task": leaf, **entry}, ensure_ascii=False, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def _quieten() -> None:
+    """lm-eval and its libraries write progress and advice of their own; ours is shown instead."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

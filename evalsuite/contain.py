@@ -20,7 +20,9 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
-SYS_PIVOT_ROOT, SYS_CAPSET, SYS_MOUNT_SETATTR = {"x86_64": (155, 126, 442), "aarch64": (41, 91, 442)}[os.uname().machine]
+SYS_PIVOT_ROOT, SYS_CAPSET, SYS_MOUNT_SETATTR = {"x86_64": (155, 126, 442), "aarch64": (41, 91, 442)}[
+    os.uname().machine
+]
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 VERDICT_FD = 3
@@ -152,7 +154,7 @@ def main() -> None:
         answer(writer, encode([passed, reason, token]).encode())
         leave(0)
     os.close(writer)
-    parts = []
+    parts: list[bytes] = []
     while sum(map(len, parts)) < 4096 and (part := os.read(reader, 4096)):
         parts.append(part)
         if part.endswith(b"]"):

@@ -28,9 +28,7 @@ PROBES = {
     "write to the root": "open('/written', 'w')",
     "read system files": "open('/etc/passwd')",
     "see other processes": "import os\nassert os.getppid() == 1 and len(os.listdir('/proc')) > 5",
-    "mount": (
-        "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0"
-    ),
+    "mount": ("import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0"),
 }
 
 

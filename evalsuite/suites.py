@@ -37,8 +37,9 @@ class Benchmark:
     note: str | None = None
 
     @property
-    def generates(self) -> bool:
-        return self.name in ("bbh", "drop", "humaneval")
+    def short(self) -> str:
+        """The heading of a narrow column."""
+        return {"hellaswag": "HellaS", "winogrande": "WinoG", "humaneval": "HumanE"}.get(self.name, self.title)
 
 
 COMMONSENSE = (

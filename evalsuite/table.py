@@ -1,13 +1,14 @@
 """The comparison tables: this model beside the published rows, protocols and confidence marked, footnotes where they count.
 
-For the terminal (rich) and as Markdown. Values are in percent, ± one standard error.
+For the terminal (rich) and as Markdown. Values are in percent, with one standard error below.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evalsuite import published
 from evalsuite.suites import SUITE_TITLES, SUITES, Benchmark
@@ -31,54 +32,86 @@ def load_results(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def _cell(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return "n/a"
-    error = f" ±{100 * entry['stderr']:.1f}" if entry["stderr"] is not None else ""
-    return f"{100 * entry['value']:.2f}{error}"
+def _value(entry: dict[str, Any] | None) -> str:
+    return "n/a" if entry is None else f"{100 * entry['value']:.2f}"
+
+
+def _error(entry: dict[str, Any] | None) -> str:
+    return "" if entry is None or entry["stderr"] is None else f"{100 * entry['stderr']:.2f}"
 
 
 def _published_cell(row: published.PublishedRow, benchmark: Benchmark) -> str:
     value = row.values.get(benchmark.name)
-    return "n/a" if value is None else f"{value:.2f}{LOW if row.is_low(benchmark.name) else ''}"
+    # A row that is low as a whole is marked at its name.
+    mark = LOW if row.confidence != "low" and row.is_low(benchmark.name) else ""
+    return "n/a" if value is None else f"{value:.2f}{mark}"
 
 
-def suite_rows(results: dict[str, Any], suite: str) -> tuple[list[str], list[list[str]], list[str]]:
-    """(headings, rows, footnotes) of one suite's table; the model evaluated here comes last."""
-    members = SUITES[suite]
-    tasks = results["tasks"]
+@dataclasses.dataclass(frozen=True)
+class SuiteTable:
+    """One suite's table as text: groups of rows, each group under the protocol that its numbers come from."""
+
+    title: str
+    headings: list[str]
+    groups: list[tuple[str, list[list[str]]]]
+    footnotes: list[str]
+
+
+def suite_table(results: dict[str, Any], suite: str) -> SuiteTable:
+    """The published rows of a suite, then the model evaluated here with its standard errors."""
+    members, tasks = SUITES[suite], results["tasks"]
     notes: list[str] = []
-    headings = ["model", "tokens", "protocol"]
+    headings = ["model", "tokens"]
     for benchmark in members:
         entry = tasks.get(benchmark.name)
         mark = ""
         if entry and entry.get("note"):
             notes.append(entry["note"])
-            mark = f" [{len(notes)}]"
-        headings.append(f"{benchmark.title}{mark}")
-    headings.append("average")
-    rows = []
-    for row in published.rows():
-        if row.suite == suite:
-            average = row.average_printed if row.average_printed is not None else row.average_recomputed
-            label = "instruct-eval" if suite == "problem_solving" else "lm-eval, old"
-            cells = [_published_cell(row, b) for b in members]
-            rows.append([row.model, _tokens(row.tokens), label, *cells, f"{average:.2f}{LOW if row.confidence == 'low' else ''}"])
-    ours = [_cell(tasks.get(b.name)) for b in members]
-    rows.append([_model_name(results), _trained_tokens(results), results["protocol"], *ours, _cell(results["suites"].get(suite))])
-    sizes = ", ".join(f"{b.title} {tasks[b.name]['n']:,}" for b in members if b.name in tasks)
-    shots = ", ".join(f"{b.title} {tasks[b.name]['num_fewshot']}" for b in members if b.name in tasks)
-    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
-    footnotes.append(LOW_NOTE)
-    footnotes.append(f"items of this model: {sizes}; shots: {shots}")
+            mark = f"[{len(notes)}]"
+        headings.append(f"{benchmark.short}{mark}")
+    headings.append("avg")
+    known = [row for row in published.rows() if row.suite == suite]
+    published_rows = []
+    for row in known:
+        average = row.average_printed if row.average_printed is not None else row.average_recomputed
+        cells = [_published_cell(row, b) for b in members]
+        low = LOW if row.confidence == "low" else ""
+        name = row.model.replace("-1.1B", "")
+        published_rows.append([f"{name}{low}", _tokens(row.tokens), *cells, f"{average:.2f}"])
+    entries = [tasks.get(b.name) for b in members] + [results["suites"].get(suite)]
+    own = [
+        [_model_name(results), _trained_tokens(results), *map(_value, entries)],
+        ["standard error", "", *map(_error, entries)],
+    ]
+    return SuiteTable(
+        f"{SUITE_TITLES[suite]}, percent",
+        headings,
+        [
+            (f"published, protocol: {known[0].protocol}", published_rows),
+            (f"measured, protocol: {_protocol(results)}", own),
+        ],
+        [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + _footnotes(results, suite),
+    )
+
+
+def _protocol(results: dict[str, Any]) -> str:
+    return f"{results['protocol']} (lm-eval {results['versions']['lm_eval']}, {results['backend']} backend)"
+
+
+def _footnotes(results: dict[str, Any], suite: str) -> list[str]:
+    tasks, members = results["tasks"], SUITES[suite]
+    found = [LOW_NOTE, "OPT-1.3B has no published problem-solving row"] if suite == "problem_solving" else [LOW_NOTE]
+    present = [b for b in members if b.name in tasks]
+    found.append("items: " + ", ".join(f"{b.short} {tasks[b.name]['n']:,}" for b in present))
+    found.append("shots: " + ", ".join(f"{b.short} {tasks[b.name]['num_fewshot']}" for b in present))
     if suite == "problem_solving":
-        footnotes.append("harness and instruct-eval differ in prompts and scoring: compare within one protocol only")
+        found.append("harness and instruct-eval differ in prompts and scoring: compare within one protocol only")
     if str(results["settings"].get("data_dir")) == "mini":
-        footnotes.append("this model was scored on the small bundle of the project, not on the real data sets")
-    truncated = sum(tasks[b.name].get("truncated_prompts") or 0 for b in members if b.name in tasks)
+        found.append("measured on the project's small bundle, not on the real data sets")
+    truncated = sum(tasks[b.name].get("truncated_prompts") or 0 for b in present)
     if truncated:
-        footnotes.append(f"{truncated:,} prompts were longer than the context and lost their beginning")
-    return headings, rows, footnotes
+        found.append(f"{truncated:,} prompts were longer than the context and lost their beginning")
+    return found
 
 
 def _tokens(count: float) -> str:
@@ -86,7 +119,7 @@ def _tokens(count: float) -> str:
 
 
 def _model_name(results: dict[str, Any]) -> str:
-    return f"this model ({Path(results['model']).name})"
+    return Path(results["model"]).name
 
 
 def _trained_tokens(results: dict[str, Any]) -> str:
@@ -105,26 +138,36 @@ def other_tasks(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_comparison(results: dict[str, Any], console: Console) -> None:
-    """Show a table for every suite that was evaluated, and one for other tasks."""
+    """Show a table for every suite that was evaluated, and one for other tasks. Fits 80 columns."""
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     for suite in _suites_of(results):
-        headings, rows, footnotes = suite_rows(results, suite)
-        table = Table(title=f"{SUITE_TITLES[suite]}, percent", caption="\n".join(footnotes), caption_justify="left")
-        for index, heading in enumerate(headings):
-            table.add_column(heading.replace("[", "\\["), justify="left" if index in (0, 2) else "right", no_wrap=index == 0)
-        for row in rows:
-            own = row is rows[-1]
-            table.add_row(*row, style="bold green" if own else None, end_section=row is rows[-2])
-        table.caption = "\n".join(footnotes).replace("[", "\\[")
+        found = suite_table(results, suite)
+        # In a narrow terminal the tokens go: the models' names say them where it matters.
+        shown = [i for i in range(len(found.headings)) if i != 1 or console.width >= 96]
+        table = Table(title=found.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for index in shown:
+            justify: Literal["left", "right"] = "left" if index == 0 else "right"
+            table.add_column(Text(found.headings[index]), justify=justify, no_wrap=True)
+        for position, (label, rows) in enumerate(found.groups):
+            for number, row in enumerate(rows):
+                style = None if position == 0 else "bold green" if number == 0 else "green"
+                table.add_row(*(row[i] for i in shown), style=style, end_section=number == len(rows) - 1)
+            found.footnotes.insert(position, label)
         console.print(table)
+        for line in found.footnotes:
+            console.print(Text(f"  {line}"), style="dim")
+        console.print()
     others = other_tasks(results)
     if others:
         table = Table(title="Other tasks")
         for heading in ("task", "metric", "value", "shots", "items"):
             table.add_column(heading)
         for name, entry in others.items():
-            table.add_row(name, entry["metric"], _cell(entry), str(entry["num_fewshot"]), str(entry["n"]))
+            value = f"{_value(entry)} ± {_error(entry)}"
+            table.add_row(name, entry["metric"], value, str(entry["num_fewshot"]), str(entry["n"]))
         console.print(table)
 
 
@@ -132,11 +175,13 @@ def markdown(results: dict[str, Any]) -> str:
     """The same tables as Markdown."""
     parts = []
     for suite in _suites_of(results):
-        headings, rows, footnotes = suite_rows(results, suite)
-        lines = [f"## {SUITE_TITLES[suite]}, percent", "", "| " + " | ".join(headings) + " |"]
-        lines.append("|" + "|".join(["---"] * len(headings)) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append("\n".join([*lines, "", *footnotes]))
+        found = suite_table(results, suite)
+        headings = ["protocol", *found.headings]
+        lines = [f"## {found.title}", "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+        for label, rows in found.groups:
+            lines += ["| " + " | ".join([label.split("protocol: ")[1], *row]) + " |" for row in rows]
+        parts.append("\n".join([*lines, "", *(f"- {note}" for note in found.footnotes)]))
     for name, entry in other_tasks(results).items():
-        parts.append(f"- {name}: {entry['metric']} {_cell(entry)}, {entry['num_fewshot']}-shot, {entry['n']} items")
+        value = f"{entry['metric']} {_value(entry)} ± {_error(entry)}"
+        parts.append(f"- {name}: {value}, {entry['num_fewshot']}-shot, {entry['n']} items")
     return "\n\n".join(parts) + "\n"

@@ -33,7 +33,9 @@ def tinyllama(*arguments: object, check: bool = True, **options) -> subprocess.C
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "tinyllama", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **options.pop("env", {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=options.pop("cwd", ROOT), **options)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=options.pop("cwd", ROOT), **options
+    )
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done

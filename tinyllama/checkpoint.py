@@ -123,7 +123,9 @@ class Slices:
                 parts.append(handle.get_slice(key)[position - first : end - first])
                 position = end
         if position != stop:
-            raise CheckpointError(f"{self.directory}: {kind} of {name} lacks elements from {position}", fix="use another")
+            raise CheckpointError(
+                f"{self.directory}: {kind} of {name} lacks elements from {position}", fix="use another"
+            )
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 

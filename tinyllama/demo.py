@@ -34,23 +34,40 @@ class Step:
     artefact: Path
 
 
-def plan(
-    output: Path, tokenizer: Path | None, ranks: int, settings: Sequence[str], limit: int | None
-) -> list[Step]:
+def plan(output: Path, tokenizer: Path | None, ranks: int, settings: Sequence[str], limit: int | None) -> list[Step]:
     """The commands of the demo, in order."""
     corpus, data, run = output / "corpus", output / "data", output / "run"
     export, scores, bench = output / "export", output / "eval", output / "serve"
     model = tokenizer or output / "tokenizer.model"
-    steps = [Step("corpus", "Corpus: what CPython ships", ("data", "corpus", "--output", str(corpus)), corpus / "code.jsonl")]
+    steps = [
+        Step("corpus", "Corpus: what CPython ships", ("data", "corpus", "--output", str(corpus)), corpus / "code.jsonl")
+    ]
     if tokenizer is None:
-        train = ("tokenizer", "train", str(corpus), "--output", str(model), "--vocab-size", str(demo_vocab_size()))
-        steps.append(Step("tokenizer", "Tokenizer: SentencePiece BPE with Llama's settings", train, model))
+        learn = ("tokenizer", "train", str(corpus), "--output", str(model), "--vocab-size", str(demo_vocab_size()))
+        steps.append(Step("tokenizer", "Tokenizer: SentencePiece BPE with Llama's settings", learn, model))
     for name in ("prose", "code"):
-        prepare = ("data", "prepare", str(corpus / f"{name}.jsonl"), "--output", str(data / name), "--tokenizer")
+        prepare: tuple[str, ...] = (
+            "data",
+            "prepare",
+            str(corpus / f"{name}.jsonl"),
+            "--output",
+            str(data / name),
+            "--tokenizer",
+        )
         extra = ("--validation-fraction", "0.03")
         title = f"Data: {name} into a token store"
         steps.append(Step(f"data-{name}", title, (*prepare, str(model), *extra), data / name / "manifest.json"))
-    train = ("train", "--recipe", "demo", "--deepspeed", "zero3", "--data", str(data), "--output", str(run))
+    train: tuple[str, ...] = (
+        "train",
+        "--recipe",
+        "demo",
+        "--deepspeed",
+        "zero3",
+        "--data",
+        str(data),
+        "--output",
+        str(run),
+    )
     train += ("--tokenizer", str(model), "--num-accelerators", str(ranks))
     if tokenizer is not None:
         from tinyllama.tokenizer.sentencepiece_model import Tokenizer
@@ -96,9 +113,7 @@ def _read_steps(path: Path) -> dict[str, Any]:
         return {}
 
 
-def run(
-    output: Path, *, tokenizer: Path | None, ranks: int, settings: Sequence[str], limit: int | None
-) -> int:
+def run(output: Path, *, tokenizer: Path | None, ranks: int, settings: Sequence[str], limit: int | None) -> int:
     """Do what is not done yet, then print the tables. Returns the exit code."""
     from rich.console import Console
     from rich.rule import Rule
@@ -121,7 +136,9 @@ def run(
             console.print("[yellow]interrupted[/]; the checkpoint is saved. Run the same command again to continue.")
             return code
         if code:
-            console.print(f"[red]step {step.name!r} ended with exit code {code}[/]; run the same command again to retry")
+            console.print(
+                f"[red]step {step.name!r} ended with exit code {code}[/]; run the same command again to retry"
+            )
             return code
         done[step.name] = {"key": key, "seconds": round(time.monotonic() - started, 1)}
         partial = record_path.with_suffix(".partial")

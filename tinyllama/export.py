@@ -45,7 +45,7 @@ def _write_weights(source: Path, config: ModelConfig, target: Path, dtype: str) 
 
     files: list[dict[str, Any]] = [{}]
     size = total = 0
-    parts = []
+    parts: list[tuple[str, list[str]]] = []
     for name, tensor in checkpoint.read_weights(source):
         converted = tensor.to(DTYPES[dtype]).contiguous()
         bytes_ = converted.numel() * converted.element_size()
@@ -98,7 +98,8 @@ def check_logits(source: Path, exported: Path, dtype: str) -> float:
         difference = (expected - theirs.eval()(ids).logits).abs().max() / expected.abs().max().clamp(min=1)
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
         raise CheckpointError(
-            f"the export's logits differ from training's by {float(difference):.2e}", fix="report this; use no such export"
+            f"the export's logits differ from training's by {float(difference):.2e}",
+            fix="report this; use no such export",
         )
     return float(difference)
 

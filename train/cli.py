@@ -13,13 +13,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 def train_command(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Option(help="What to train: a JSON file, or the name of one shipped.")] = None,
-    deepspeed: Annotated[str, typer.Option(help="How to run it: a DeepSpeed JSON, or the name of one shipped.")] = "zero3",
+    deepspeed: Annotated[
+        str, typer.Option(help="How to run it: a DeepSpeed JSON, or the name of one shipped.")
+    ] = "zero3",
     data: Annotated[Path, typer.Option(help="Folder of the recipe's token stores.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/pretrain"),
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
     setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
-    num_accelerators: Annotated[int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")] = None,
+    num_accelerators: Annotated[
+        int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")
+    ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several machines.")] = None,
     launcher: Annotated[str, typer.Option(help="Further arguments of the DeepSpeed launcher, as one string.")] = "",
 ) -> None:

@@ -35,7 +35,11 @@ def ranks_below(pid: int) -> list[int]:
     try:
         for child in psutil.Process(pid).children(recursive=True):
             line = child.cmdline()
-            if str(PRETRAIN) in line and "deepspeed.launcher.launch" not in line and "deepspeed.launcher.runner" not in line:
+            if (
+                str(PRETRAIN) in line
+                and "deepspeed.launcher.launch" not in line
+                and "deepspeed.launcher.runner" not in line
+            ):
                 found.append(child.pid)
     except psutil.Error:
         pass

@@ -95,7 +95,9 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, ranks: int) -> tup
     }
     for key, value in ours.items():
         if resolved.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f"DeepSpeed JSON: {key}={resolved[key]}, the recipe gives {value}", fix='set it to "auto"')
+            raise ConfigError(
+                f"DeepSpeed JSON: {key}={resolved[key]}, the recipe gives {value}", fix='set it to "auto"'
+            )
     hidden = recipe.model.hidden_size
     sizes = {  # Hugging Face's rule; DeepSpeed's own defaults suit models ten times as large
         "reduce_bucket_size": hidden * hidden,

@@ -59,7 +59,8 @@ def find_tokenizer(given: str | None, data: str, mixture: Mixture) -> Path | Non
 
 def parameter_groups(model, recipe: Recipe) -> list[dict]:
     """Two groups: matrices of the blocks and the head decay; norms and the input embedding do not."""
-    decayed, plain = [], []
+    decayed: list = []
+    plain: list = []
     for name, parameter in model.named_parameters():
         (plain if parameter.ndim == 1 or "embed_tokens" in name else decayed).append(parameter)
     return [
@@ -105,7 +106,13 @@ def run(arguments: argparse.Namespace) -> int:
     # Signals and small flags travel apart from the GPU's work, so that they never wait for it.
     control = dist.new_group(backend="gloo")
 
-    state = {"step": 0, "tokens": 0, "optimizer_steps": 0, "mixture_sha256": mixture.sha256, "recipe": recipe.to_dict()}
+    state: dict = {
+        "step": 0,
+        "tokens": 0,
+        "optimizer_steps": 0,
+        "mixture_sha256": mixture.sha256,
+        "recipe": recipe.to_dict(),
+    }
     found = None
     if arguments.resume != "never":
         found = saved.newest_valid(output, lambda text: rank == 0 and print(text, file=sys.stderr))

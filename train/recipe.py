@@ -96,9 +96,7 @@ class Recipe:
     def __post_init__(self) -> None:
         opt = self.optimizer
         if not 0 <= opt.min_lr < opt.lr:
-            raise ConfigError(
-                f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr"
-            )
+            raise ConfigError(f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr")
         positive = {
             "data.sequence_length": self.data.sequence_length,
             "data.max_epochs": self.data.max_epochs,

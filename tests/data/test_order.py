@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -24,7 +25,7 @@ def test_permutations_of_epochs_differ_and_look_random():
     assert first != second
     # A random permutation has one fixed point on average, and neighbours land a third of the range apart.
     assert sum(i == p for i, p in enumerate(first)) < 8
-    assert 250 < sum(abs(a - b) for a, b in zip(first, first[1:], strict=False)) / 999 < 420
+    assert 250 < sum(abs(a - b) for a, b in itertools.pairwise(first)) / 999 < 420
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
@@ -42,7 +43,10 @@ def test_every_prefix_has_the_right_shares_to_within_one_sample(weights):
 
 
 def test_seven_to_three():
-    assert Schedule([0.7, 0.3]).taken(10_000_000_001) in ([7_000_000_001, 3_000_000_000], [7_000_000_000, 3_000_000_001])
+    assert Schedule([0.7, 0.3]).taken(10_000_000_001) in (
+        [7_000_000_001, 3_000_000_000],
+        [7_000_000_000, 3_000_000_001],
+    )
 
 
 @given(st.lists(st.integers(18, 400), min_size=1, max_size=3), st.integers(1, 16), st.integers(0, 99))

@@ -18,7 +18,14 @@ from tinyllama.data.store import TokenStore, read_manifest, verify
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
-TEXTS = ["def f(x):\n    return x\n", "Grüße, 世界! 🙂", " leading space", "a", "line\r\nbreaks\n\n\n", "1234567890"] * 20
+TEXTS = [
+    "def f(x):\n    return x\n",
+    "Grüße, 世界! 🙂",
+    " leading space",
+    "a",
+    "line\r\nbreaks\n\n\n",
+    "1234567890",
+] * 20
 TEXTS = [f"{i}: {text}" for i, text in enumerate(TEXTS)]
 
 
@@ -154,7 +161,7 @@ def test_every_number_of_ranks_reads_the_same_batches(stores):
     from train.plan import BatchPlan
 
     steps = {}
-    for ranks in (1, 2, 3, 4, 6):
+    for ranks in (1, 2, 3, 6):
         for micro in (1, 2):
             plan = BatchPlan(micro, 12 // (ranks * micro), ranks, 32)
             mixture = Mixture(sources, 32, seed=5)  # opened anew, as after a resume

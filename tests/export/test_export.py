@@ -35,7 +35,7 @@ def test_record_says_where_it_came_from(export, finished_run):
     assert (record["step"], record["tokens"]) == (9, 6912)
     assert record["content_sha256"] == content_sha256(export)
     assert record["logits_difference"] < 2e-4
-    assert set(p.name for p in export.iterdir()) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in export.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_ranks_that_wrote_the_checkpoint_do_not_matter(finished_run, stores, tmp_path):
@@ -50,7 +50,10 @@ def test_ranks_that_wrote_the_checkpoint_do_not_matter(finished_run, stores, tmp
     hashes = {json.loads((tmp_path / str(s) / RECORD).read_text())["content_sha256"] for s in (9, 10)}
     assert len(hashes) == 2
     again = tinyllama("export", finished_run, "--output", tmp_path / "again", "--json")
-    assert json.loads(again.stdout)["content_sha256"] == json.loads((tmp_path / "9" / RECORD).read_text())["content_sha256"]
+    assert (
+        json.loads(again.stdout)["content_sha256"]
+        == json.loads((tmp_path / "9" / RECORD).read_text())["content_sha256"]
+    )
 
 
 def test_sharded_weights_load_too(finished_run, tmp_path, monkeypatch):

@@ -13,9 +13,7 @@ def test_tinyllama_has_the_published_size():
     assert ModelConfig().num_matmul_parameters == 1_034_420_224
 
 
-@pytest.mark.parametrize(
-    ("convention", "gflop"), [("full", 7.314), ("all_parameters", 7.708), ("causal", 6.760)]
-)
+@pytest.mark.parametrize(("convention", "gflop"), [("full", 7.314), ("all_parameters", 7.708), ("causal", 6.760)])
 def test_flops_per_token_of_each_convention(convention, gflop):
     assert ModelConfig().flops_per_token(2048, convention) / 1e9 == pytest.approx(gflop, abs=5e-4)
 

@@ -153,7 +153,8 @@ def test_hugging_face_directory_loads_and_wrong_ones_are_refused(model, ids, tmp
         torch.testing.assert_close(load_model(tmp_path)(ids), model(ids), rtol=1e-5, atol=1e-5)
     weights = load_file(tmp_path / "model.safetensors")
     missing = {k: v for k, v in weights.items() if k != "model.norm.weight"}
-    for wrong, words in ((missing, "model.norm.weight is missing"), ({**weights, "extra": weights["model.norm.weight"]}, "unexpected tensor extra")):
+    extra = {**weights, "extra": weights["model.norm.weight"].clone()}
+    for wrong, words in ((missing, "model.norm.weight is missing"), (extra, "unexpected tensor extra")):
         save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=words):
             load_model(tmp_path)

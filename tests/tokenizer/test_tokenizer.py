@@ -87,8 +87,23 @@ def test_special_tokens_are_known(both):
 def test_the_naive_order_of_merges_would_be_wrong(tokenizer_model):
     """What this module avoids: merges in vocabulary order, as transformers derives them."""
     run = "▁"
-    pieces = [(run * 2, -1e9, 1), (run * 4, -1e9, 1), ("▁t", -1.0, 1), (run * 3, -1e9, 1), (run, -1e9, 1), ("t", -5.0, 1)]
-    assert merges(pieces) == [("▁", "t"), (run * 3, run), (run * 2, run * 2), (run, run * 3), (run * 2, run), (run, run * 2), (run, run)]
+    pieces = [
+        (run * 2, -1e9, 1),
+        (run * 4, -1e9, 1),
+        ("▁t", -1.0, 1),
+        (run * 3, -1e9, 1),
+        (run, -1e9, 1),
+        ("t", -5.0, 1),
+    ]
+    assert merges(pieces) == [
+        ("▁", "t"),
+        (run * 3, run),
+        (run * 2, run * 2),
+        (run, run * 3),
+        (run * 2, run),
+        (run, run * 2),
+        (run, run),
+    ]
 
 
 def spec(path: Path):
@@ -130,7 +145,11 @@ def test_training_is_deterministic(corpus, tokenizer_model, tmp_path):
 def test_export_command(tokenizer_model, tmp_path):
     done = tinyllama("tokenizer", "export", tokenizer_model, "--output", tmp_path / "hf", "--json")
     assert json.loads(done.stdout)["vocab_size"] == 600
-    assert {p.name for p in (tmp_path / "hf").iterdir()} >= {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert {p.name for p in (tmp_path / "hf").iterdir()} >= {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+    }
 
 
 @pytest.mark.parametrize(

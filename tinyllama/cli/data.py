@@ -165,11 +165,11 @@ def _print_summary(store: Path, manifest, dumps) -> None:
         for split in ("train", "validation")
     }
     if dumps:
-        print(dumps({"store": str(store), "sha256": manifest.sha256, "splits": splits, "skipped": len(manifest.skipped)}))
+        print(
+            dumps({"store": str(store), "sha256": manifest.sha256, "splits": splits, "skipped": len(manifest.skipped)})
+        )
         return
     for split, counts in splits.items():
-        Console().print(
-            f"{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents", highlight=False
-        )
+        Console().print(f"{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents", highlight=False)
     if manifest.skipped:
         Console().print(f"skipped: {len(manifest.skipped):,} documents, reasons in {store}/manifest.json")

@@ -12,9 +12,7 @@ def demo_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where everything goes.")] = Path("runs/demo"),
     tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.model instead of training one.")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks of the training run.")] = 2,
-    setting: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the demo's recipe.")
-    ] = [],  # noqa: B006
+    setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the demo's recipe.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(help="Items of each benchmark; default all of the small bundle.")] = None,
 ) -> None:
     """Corpus, tokenizer, token stores, ZeRO-3 pretraining, export, evaluation and serving, in about ten minutes.

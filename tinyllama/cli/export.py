@@ -11,9 +11,7 @@ import typer
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-N, or a run: its newest checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The Hugging Face directory to write.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.model, where the checkpoint holds none.")
-    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model, where the checkpoint holds none.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     check: Annotated[bool, typer.Option(help="Compare the logits with transformers' LlamaForCausalLM.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of the export as JSON.")] = False,
@@ -48,5 +46,6 @@ def export_command(
     difference = record.get("logits_difference")
     checked = f", logits within {difference:.1e} of transformers" if difference is not None else ""
     Console().print(
-        f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {output}{checked}", highlight=False
+        f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {output}{checked}",
+        highlight=False,
     )

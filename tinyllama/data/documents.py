@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from tinyllama.errors import DataError
 
@@ -31,7 +31,7 @@ class InputFile:
 
     @property
     def kind(self) -> str:
-        """"lines", "parquet" or "text"."""
+        """ "lines", "parquet" or "text"."""
         lower = self.path.name.lower()
         if lower.endswith(LINE_SUFFIXES):
             return "lines"
@@ -65,12 +65,14 @@ def _open_bytes(path: Path) -> IO[bytes]:
     name = path.name.lower()
     try:
         if name.endswith(".gz"):
-            return gzip.open(path, "rb")
+            return cast(IO[bytes], gzip.open(path, "rb"))
         if name.endswith(".zst"):
             import zstandard
 
             # read_across_frames: concatenated frames, as parallel compressors write them, are one stream.
-            return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
+            return io.BufferedReader(
+                zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
+            )
         return open(path, "rb")
     except PermissionError:
         raise DataError(f"{path} is not readable", fix="grant read permission") from None
@@ -93,7 +95,9 @@ def _read_lines(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _text_of(json.loads(line), f"{path}:{number}")
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{number} is not valid JSON in UTF-8 ({error})", fix="repair or remove the line") from None
+        raise DataError(
+            f"{path}:{number} is not valid JSON in UTF-8 ({error})", fix="repair or remove the line"
+        ) from None
     except (EOFError, OSError, ValueError) as error:
         raise DataError(f"{path} breaks off after line {number} ({error})", fix="fetch the file again") from None
     except Exception as error:

@@ -83,7 +83,9 @@ class Schedule:
         slack = Fraction(1, 2 * len(shares) - 2) if len(shares) > 1 else Fraction(0)
         for position in range(self.period):
             self.before.append(tuple(given))
-            ready = [k for k, s in enumerate(shares) if s * (position + 1) - given[k] >= slack] or list(range(len(shares)))
+            ready = [k for k, s in enumerate(shares) if s * (position + 1) - given[k] >= slack] or list(
+                range(len(shares))
+            )
             chosen = min(ready, key=lambda k: ((given[k] + 1 - slack) / shares[k], k))
             self.sources.append(chosen)
             given[chosen] += 1

@@ -27,7 +27,9 @@ Progress = Callable[[int, int], None]  # bytes of text and tokens since the last
 
 def is_validation(text: str, seed: int, fraction: float) -> bool:
     """Whether a document is held out: a function of its text and the seed alone, so that copies stay on one side."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    digest = hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little")
+    ).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 

@@ -34,7 +34,7 @@ def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
     """(piece, score, type) for every id, and the normalizer spec; UserError for models that are not Llama's kind."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - made when imported
     proto.ParseFromString(path.read_bytes())
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != 2:
@@ -129,7 +129,23 @@ def _special(pieces: list[tuple[str, float, int]], name: str) -> int:
 
 def check_texts(seed: int = 0) -> Iterator[str]:
     """Texts on which an export is proven: spaces, specials as text, random Unicode, CPython's topics and sources."""
-    yield from ("", " ", "  ", "a", " a", "a ", "\n", "\r\n", "\t\t x", "\x00", "a\x00b", "▁", " ▁ a▁▁b", "<s>", "</s> <unk>")
+    yield from (
+        "",
+        " ",
+        "  ",
+        "a",
+        " a",
+        "a ",
+        "\n",
+        "\r\n",
+        "\t\t x",
+        "\x00",
+        "a\x00b",
+        "▁",
+        " ▁ a▁▁b",
+        "<s>",
+        "</s> <unk>",
+    )
     yield from ("<0x0A>", "👩‍👩‍👧‍👦 e\u0301 \u202e\u200b", "1234567890 3.14", "=" * 100, "ab" * 50, "-" * 33 + "=" * 31)
     for count in range(1, 70):
         yield " " * count
@@ -225,4 +241,8 @@ def export_hf(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
             os.replace(path, target / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {"sha256": loaded.sha256, "vocab_size": loaded.vocab_size, "checked": {k: counts[k] for k in ("texts", "tokens")}}
+    return {
+        "sha256": loaded.sha256,
+        "vocab_size": loaded.vocab_size,
+        "checked": {k: counts[k] for k in ("texts", "tokens")},
+    }

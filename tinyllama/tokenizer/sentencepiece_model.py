@@ -42,7 +42,8 @@ class Tokenizer:
             model = file.read_bytes()
         except FileNotFoundError:
             raise UserError(
-                f"tokenizer {path} does not exist", fix="give a tokenizer.model, or train one: tinyllama tokenizer train"
+                f"tokenizer {path} does not exist",
+                fix="give a tokenizer.model, or train one: tinyllama tokenizer train",
             ) from None
         except PermissionError:
             raise UserError(f"tokenizer {path} is not readable", fix="grant read permission") from None

@@ -95,7 +95,9 @@ def train(
     except RuntimeError as error:
         limit = re.search(r"value <= (\d+)", str(error))
         fix = f"this corpus supports at most {limit.group(1)}" if limit else "give more text or a smaller vocabulary"
-        raise UserError(f"--vocab-size {vocab_size} does not fit this corpus ({str(error).splitlines()[0]})", fix=fix) from None
+        raise UserError(
+            f"--vocab-size {vocab_size} does not fit this corpus ({str(error).splitlines()[0]})", fix=fix
+        ) from None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")

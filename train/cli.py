@@ -48,6 +48,7 @@ def train_command(
     from train import plan as planning
     from train.launch import launch
     from train.recipe import load_recipe
+    from train.state import newest_valid, refuse_other_run
 
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
@@ -59,6 +60,11 @@ def train_command(
     if num_accelerators is not None and hostfile is None:
         planning.resolve_deepspeed(raw, wanted, num_accelerators)
     mixture = planning.open_mixture(wanted, data)
+    if resume != "never":
+        # Each rank checks this again; here it costs no launch.
+        found = newest_valid(output, lambda text: None)
+        if found:
+            refuse_other_run(found[1], {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}, found[0])
     console = Console(highlight=False)
     steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")

@@ -46,6 +46,16 @@ def lines(documents: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
+def _without_threads(model: bytes) -> bytes:
+    """The model without the number of threads that sentencepiece notes in it: the file depends on the text alone."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - made when imported
+    proto.ParseFromString(model)
+    proto.trainer_spec.ClearField("num_threads")
+    return proto.SerializeToString()
+
+
 def train(
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
@@ -101,7 +111,7 @@ def train(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
-        partial.write_bytes(model.getvalue())
+        partial.write_bytes(_without_threads(model.getvalue()))
         os.replace(partial, target)
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror})", fix="give a writable --output") from None

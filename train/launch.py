@@ -50,7 +50,7 @@ def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -
     """Run the launcher to its end; returns its exit code. SIGINT and SIGTERM become SIGTERM for every rank."""
     import time
 
-    command = [*launcher(), *launcher_arguments, str(PRETRAIN), *script_arguments]
+    command = [*launcher(), "--log_level", "warning", *launcher_arguments, str(PRETRAIN), *script_arguments]
     environment = {**os.environ, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 

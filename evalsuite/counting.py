@@ -1,4 +1,4 @@
-"""lm-eval's hf backend, which cuts prompts that do not fit without a word; here they are counted."""
+"""lm-eval's hf backend, which cuts prompts that do not fit without a word; here they are counted, and it is quiet."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from tinyllama.errors import UserError
+
 
 class CountingHFLM(HFLM):
     """HFLM that counts in `num_truncated` the prompts whose beginning was cut off to fit the context."""
 
     num_truncated = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         for _, context, continuation in requests:
@@ -22,5 +27,10 @@ class CountingHFLM(HFLM):
         for request in requests:
             context, settings = request.args
             room = self.max_length - int(settings.get("max_gen_toks", self.max_gen_toks))
+            if room <= 0:
+                raise UserError(
+                    f"this task generates up to {self.max_length - room} tokens, the model's context is {self.max_length}",
+                    fix="leave it out, or use a model with a longer context",
+                )
             self.num_truncated += len(self.tok_encode(context)) > room
-        return super().generate_until(requests, disable_tqdm)
+        return super().generate_until(requests, disable_tqdm=True)

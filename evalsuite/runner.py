@@ -74,6 +74,8 @@ def combine(values: list[float], stderrs: list[float | None], sizes: list[int]) 
     """
     total = sum(sizes)
     value = sum(v * n for v, n in zip(values, sizes, strict=True)) / total
+    if total == len(sizes) > 1:  # one item in each leaf: the leaves' values are the items
+        return value, math.sqrt(sum((v - value) ** 2 for v in values) / (total - 1) / total)
     if any(s is None or not math.isfinite(s) for s in stderrs) or total == len(sizes):
         return value, None
     if len(sizes) == 1:

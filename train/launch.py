@@ -27,6 +27,15 @@ def launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def ranks_below(pid: int) -> list[int]:
     """Process ids of the ranks (the processes that run `pretrain.py`, not the launchers that name it)."""
     import psutil
@@ -50,6 +59,9 @@ def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -
     """Run the launcher to its end; returns its exit code. SIGINT and SIGTERM become SIGTERM for every rank."""
     import time
 
+    if not any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in launcher_arguments):
+        # DeepSpeed's fixed port would keep two runs from sharing a machine.
+        launcher_arguments = [*launcher_arguments, "--master_port", str(free_port())]
     command = [*launcher(), "--log_level", "warning", *launcher_arguments, str(PRETRAIN), *script_arguments]
     environment = {**os.environ, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
     process = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -50,7 +50,10 @@ def peak_flops() -> tuple[float, str]:
     dist.barrier()
     measured = torch.tensor([measure_matmul_flops()], dtype=torch.float64)
     dist.all_reduce(measured)
-    return measured.item() / dist.get_world_size(), "bf16 matmul of 2048-cubed, measured on all ranks' CPU threads at once"
+    return (
+        measured.item() / dist.get_world_size(),
+        "bf16 matmul of 2048-cubed, measured on all ranks' CPU threads at once",
+    )
 
 
 class MetricsFile:

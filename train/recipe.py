@@ -190,7 +190,9 @@ def load_recipe(path: str | Path | None = None, settings: Sequence[str] = ()) ->
         values = json.loads(file.read_text())
     except FileNotFoundError:
         shipped = sorted(p.stem for p in RECIPES.glob("*.json"))
-        raise ConfigError(f"recipe {path} does not exist", fix=nearest(file.name.removesuffix(".json"), shipped)) from None
+        raise ConfigError(
+            f"recipe {path} does not exist", fix=nearest(file.name.removesuffix(".json"), shipped)
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"recipe {file} is not JSON ({error})", fix="correct the file") from None
     for keys, value in parse_settings(settings):

@@ -1,0 +1,148 @@
+"""`tinyllama serve MODEL --listen HOST:PORT`: vLLM's own OpenAI-compatible server as a child, watched and ended cleanly.
+
+The server gets a session of its own, so that Ctrl-C reaches only us: we ask it to stop, let it finish what it is doing,
+and make sure that none of its processes is left. The API key goes through the environment, not the command line, which
+every user of the machine can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve import engine as door
+from tinyllama.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from serve.source import Source
+
+STOP_TIMEOUT_S = 30
+MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[V6]:PORT`, `:PORT` or `PORT` (loopback), with port 0 for any free one. ConfigError if unusable."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ConfigError(f"--listen {text}", fix="give HOST:PORT, such as 127.0.0.1:8000")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                fix = "choose another, or 0 for a free one"
+                raise ConfigError(f"--listen {text}: port {port} is in use", fix=fix) from None
+            raise ConfigError(f"--listen {text}: {error.strerror}", fix="give an address of this machine") from None
+        return host, probe.getsockname()[1]
+
+
+def command(config: door.EngineConfig, name: str, host: str, port: int) -> list[str]:
+    """The command line of vLLM's server."""
+    line = [sys.executable, "-m", MODULE, "--host", host, "--port", str(port), "--served-model-name", name]
+    for option, value in config.arguments().items():
+        flag = f"--{option.replace('_', '-')}"
+        line += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+    return line
+
+
+def listen(
+    source: Source,
+    config: door.EngineConfig,
+    address: tuple[str, int],
+    api_key: str | None,
+    log: Path,
+    console: Console,
+) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; returns 0. UserError if the server does not come up, or dies later.
+
+    Needs `engine.importable_vllm` around it.
+    """
+    host, port = address
+    shown = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    if not api_key and not _is_loopback(host):
+        console.print(f"[yellow]anyone who can reach {host}:{port} can use this model[/]; set --api-key")
+    environment = {**os.environ, **({"VLLM_API_KEY": api_key} if api_key else {})}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _stop_signals() as stopping, open(log, "w") as stream:
+        process = subprocess.Popen(
+            command(config, source.name, host, port),
+            stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            started = time.monotonic()
+            with console.status("starting vLLM's server (about a minute)"):
+                while not _healthy(shown, port) and process.poll() is None and not stopping:
+                    time.sleep(0.25)
+            if process.poll() is None and not stopping:
+                waited = time.monotonic() - started
+                console.print(f"[green]serving[/] {source.name} at {url}/v1 after {waited:.0f} s", soft_wrap=True)
+                console.print(f"health: {url}/health, log: {log}; Ctrl-C stops it", soft_wrap=True)
+            while process.poll() is None and not stopping:
+                time.sleep(0.1)
+            died = process.poll() is not None and not stopping
+        finally:
+            _stop(process)
+    if died:
+        reason = door.logged_reason(log) or "it logged no error"
+        raise UserError(f"vLLM's server ended by itself: {reason}", fix=f"its whole log is in {log}")
+    console.print("stopped")
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _healthy(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The list that is yielded is empty until a signal asks us to stop."""
+    received: list[int] = []
+
+    def note(signum: int, _: Any) -> None:
+        received.append(signum)
+
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in wanted}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the server to end, wait for it, then end whatever is left of its session."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,141 @@
+"""One real measurement in vLLM: what bench.json says must follow from its own raw samples."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tinyllama
+from rich.console import Console
+from tiny_llama import build
+
+from serve.table import load_bench, print_throughput
+from tinyllama.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def measured(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """Output directory, what --json printed, and what went to standard error, of one `tinyllama serve`."""
+    output = tmp_path_factory.mktemp("bench") / "tiny"
+    arguments = ["--batch-sizes", "1,4", "--input-tokens", 24, "--output-tokens", 16, "--repeats", 3]
+    more = ["--latency-requests", 5, "--eager", "--seed", 7, "--json"]
+    done = tinyllama("serve", llama, "--output", output, *arguments, *more, timeout=300)
+    return output, json.loads(done.stdout), done.stderr
+
+
+def test_json_on_standard_output_is_the_file(measured):
+    output, printed, _ = measured
+    assert load_bench(output / "bench.json") == printed
+    assert load_bench(output) == printed
+    assert printed["format"] == "tinyllama-bench-1"
+    assert sorted(path.name for path in output.iterdir()) == ["bench.json", "table.md", "vllm.log"]
+
+
+def test_only_progress_reaches_the_terminal(measured):
+    output, _, errors = measured
+    assert "INFO" not in errors
+    assert "WARNING" not in errors
+    assert "EngineCore" in (output / "vllm.log").read_text()
+
+
+def test_settings_and_provenance(measured, llama):
+    _, bench, _ = measured
+    assert bench["model"]["path"] == str(llama)
+    assert bench["model"]["config"]["hidden_size"] == 128
+    assert bench["model"]["content_sha256"] is None  # no export of ours
+    settings = bench["settings"]
+    assert settings["batch_sizes"] == [1, 4]
+    wanted = {"input_tokens": 24, "output_tokens": 16, "repeats": 3, "seed": 7, "eager": True, "prefix_caching": False}
+    assert {key: settings[key] for key in wanted} == wanted
+    assert settings["dtype"] == "bfloat16"
+    assert settings["max_model_len"] == 256
+    assert bench["versions"]["torch"] == version("torch")
+    assert bench["versions"]["vllm"].startswith("0.")
+    assert bench["device"]["cores"] >= 1
+    assert bench["device"]["name"]
+    assert bench["load_s"] > 0
+
+
+def test_kv_cache_is_sized_from_the_model_and_the_workload(measured):
+    _, bench, _ = measured
+    kv = bench["roofline"]["kv_bytes_per_token"]
+    assert kv == 2 * 2 * 64 * 2  # layers, K and V, head_dim, bytes
+    if bench["device"]["platform"] == "cpu":
+        assert bench["settings"]["kv_cache_bytes"] == (4 + 1) * 128 * kv  # 4 sequences of one block, and the empty one
+
+
+def test_rates_follow_from_the_raw_samples(measured):
+    _, bench, _ = measured
+    assert [point["batch_size"] for point in bench["throughput"]] == [1, 4]
+    for point in bench["throughput"]:
+        size, times = point["batch_size"], point["samples_s"]
+        assert len(times) == 3
+        assert len(point["warmup_s"]) == 2
+        assert all(time > 0 for time in times)
+        mean = sum(size * 16 / time for time in times) / 3
+        assert point["output_tokens_per_s"]["mean"] == pytest.approx(mean)
+        assert point["total_tokens_per_s"]["mean"] == pytest.approx(mean * (24 + 16) / 16)
+        assert point["requests_per_s"]["mean"] == pytest.approx(mean / 16)
+        assert point["output_tokens_per_s"]["low"] < mean < point["output_tokens_per_s"]["high"]
+        read = bench["roofline"]["weight_bytes"] + size * (24 + 8) * bench["roofline"]["kv_bytes_per_token"]
+        assert point["bytes_per_step"] == read
+        assert point["bytes_per_s"] == pytest.approx(read * mean / size)
+
+
+def test_latencies_follow_from_the_raw_samples(measured):
+    _, bench, _ = measured
+    latency = bench["latency"]
+    raw = latency["samples"]
+    assert {name: len(values) for name, values in raw.items()} == {"e2e_s": 5, "ttft_s": 5, "tpot_s": 5}
+    for e2e, ttft, tpot in zip(raw["e2e_s"], raw["ttft_s"], raw["tpot_s"], strict=True):
+        assert 0 < ttft < e2e
+        assert tpot == pytest.approx((e2e - ttft) / 15)
+    assert latency["e2e_ms"]["p50"] == pytest.approx(1e3 * sorted(raw["e2e_s"])[2])
+    assert latency["ttft_ms"]["p50"] <= latency["ttft_ms"]["p90"] <= latency["ttft_ms"]["p99"]
+
+
+def test_tables(measured):
+    output, bench, _ = measured
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    print_throughput(bench, console)
+    shown, written = console.export_text(), (output / "table.md").read_text()
+    for text in ("output tok/s", "time to first token", "p99", "warm-up", "tiny-llama"):
+        assert text in shown
+        assert text in written
+
+
+def test_damaged_results_are_refused(measured, tmp_path):
+    _, bench, _ = measured
+    file = tmp_path / "bench.json"
+    with pytest.raises(UserError, match="does not exist"):
+        load_bench(file)
+    file.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        load_bench(file)
+    file.write_text(json.dumps({**bench, "format": "other"}))
+    with pytest.raises(UserError, match="has format 'other'"):
+        load_bench(file)
+
+
+def test_a_model_that_vllm_cannot_load_is_one_line_with_its_reason(llama, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = tinyllama("serve", broken, "--output", tmp_path / "out", "--eager", check=False, timeout=300)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "vLLM cannot load" in line
+    assert "SafetensorError" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "bench.json").exists()

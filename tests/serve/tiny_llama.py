@@ -1,0 +1,36 @@
+"""A small random Llama with a tokenizer of its own, in a directory as transformers saves them."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+VOCAB_SIZE, CONTEXT = 384, 256
+# head_dim 64: vLLM's attention on CPU does not take every size.
+SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def build(directory: Path) -> Path:
+    """Write it: 2 layers, random weights, byte-level BPE trained here."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([Path(string.__file__).read_text()], trainer)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(directory)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": CONTEXT}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, **SHAPE, **HEADS, **ids))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory

@@ -58,7 +58,7 @@ def test_demo_is_interrupted_resumed_and_completed(tmp_path):
     assert steps == list(range(1, STEPS + 1))
 
     for words in (
-        "unigram entropy",
+        "entropy",
         "Commonsense reasoning",
         "Problem solving",
         "offline throughput",

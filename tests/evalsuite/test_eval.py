@@ -146,7 +146,7 @@ def test_real_items_give_lm_evals_values(export, tmp_path):
     limit = 8
     tasks = f"{MC},drop,bbh,mmlu"
     native = evaluate(export, tmp_path / "native", "--data-dir", REAL, "--limit", limit // 4, tasks=tasks)
-    names = {n: 0 for n in MC.split(",")} | {"drop": 3, "mmlu": 5, "bbh_fewshot": None}
+    names = dict.fromkeys(MC.split(","), 0) | {"drop": 3, "mmlu": 5, "bbh_fewshot": None}
     itself = direct(export, REAL, names, limit // 4, tmp_path)
     itself["bbh"] = itself.pop("bbh_fewshot")
     for name, entry in native["tasks"].items():

@@ -15,12 +15,12 @@ from evalsuite.sandbox import PROBES, Limits, Sandbox
 
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    os.fork()",
-    "fork bomb that survives errors": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "stubborn fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
     "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(99,)).start()",
     "memory bomb": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))",
     "endless loop": "while True:\n    pass",
     "endless sleep": "import time\ntime.sleep(10**6)",
-    "loop that swallows everything": "while True:\n    try:\n        while True: pass\n    except BaseException:\n        pass",
+    "swallows everything": "while True:\n    try:\n        while True: pass\n    except BaseException:\n        pass",
     "fills the scratch folder": "open('/tmp/a', 'wb').write(bytes(1 << 28))",
     "many files": "for i in range(10**6):\n    open(f'/tmp/{i}', 'w').write('x' * 4096)",
     "writes outside": "open('/usr/lib/evil.py', 'w')",

@@ -20,7 +20,6 @@ from typing import Any
 
 from tinyllama.errors import UserError
 
-HUMANEVAL_PROBLEMS = 10
 STOPPED_BY_SIGNAL = 75
 
 

@@ -44,11 +44,12 @@ def train_command(
 
     from rich.console import Console
 
+    from tinyllama import checkpoint
     from tinyllama.errors import ConfigError
     from train import plan as planning
     from train.launch import launch
     from train.recipe import load_recipe
-    from train.state import newest_valid, refuse_other_run
+    from train.state import refuse_other_run
 
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
@@ -61,10 +62,10 @@ def train_command(
         planning.resolve_deepspeed(raw, wanted, num_accelerators)
     mixture = planning.open_mixture(wanted, data)
     if resume != "never":
-        # Each rank checks this again; here it costs no launch.
-        found = newest_valid(output, lambda text: None)
-        if found:
-            refuse_other_run(found[1], {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}, found[0])
+        # Checked again by the run itself, with the checksums; here it costs no launch.
+        for _, newest in checkpoint.list_checkpoints(output)[-1:]:
+            new = {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}
+            refuse_other_run(checkpoint.read_json(newest / "state.json"), new, newest)
     console = Console(highlight=False)
     steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")

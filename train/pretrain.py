@@ -115,7 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
     }
     found = None
     if arguments.resume != "never":
-        found = saved.newest_valid(output, lambda text: rank == 0 and print(text, file=sys.stderr))
+        # Rank 0 reads every byte for the checksums; the others take its word.
+        chosen = [saved.newest_valid(output, lambda text: print(text, file=sys.stderr)) if rank == 0 else None]
+        dist.broadcast_object_list(chosen, group=control)
+        found = chosen[0]
         if found is None and arguments.resume == "must":
             raise CheckpointError(f"{output} has no valid checkpoint", fix="check --output, or use --resume auto")
     elif checkpoint.list_checkpoints(output):
@@ -125,7 +128,9 @@ def run(arguments: argparse.Namespace) -> int:
         state.update({key: found[1][key] for key in ("step", "tokens", "optimizer_steps")})
 
     # -- Model, optimizer, engine -----------------------------------------------------------------------------------
-    model = Llama(recipe.model)
+    with torch.device("meta"):  # every weight is filled below, from the checkpoint or the seed
+        model = Llama(recipe.model)
+    model = model.to_empty(device="cpu")
     model.model.activation_checkpointing = recipe.training.activation_checkpointing
     if found:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))

@@ -6,10 +6,13 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from evalsuite.sandbox import PROBES, Limits, Sandbox
 
@@ -100,9 +103,6 @@ def test_nothing_is_left_between_programs(sandbox):
 
 def test_an_interrupted_run_leaves_no_process(sandbox):
     """The program dies with the process that started it."""
-    import subprocess
-    import sys
-
     code = "from evalsuite.sandbox import *\nSandbox(Limits(wall_s=60, cpu_s=60)).run('import time; time.sleep(50)  # mark')"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     time.sleep(2)
@@ -121,3 +121,19 @@ def test_real_humaneval_solutions_pass_and_wrong_ones_fail(sandbox):
         tests = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
         assert sandbox.run(problem["prompt"] + problem["canonical_solution"] + tests).passed, problem["task_id"]
         assert not sandbox.run(problem["prompt"] + "    return None\n" + tests).passed, problem["task_id"]
+
+
+def test_where_nothing_can_be_contained_nothing_runs(tmp_path):
+    """In a user namespace that may not make network namespaces: refused, saying why, before any program runs."""
+    program = "from evalsuite.sandbox import Sandbox\nfrom tinyllama.errors import UserError\n"
+    program += "try:\n    Sandbox.shared()\nexcept UserError as error:\n    print(error)\n"
+    (tmp_path / "program.py").write_text(program)
+    script = f"echo 0 > /proc/sys/user/max_net_namespaces && {sys.executable} {tmp_path}/program.py"
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    if "unshare" in done.stderr:
+        pytest.skip("this machine does not permit user namespaces")
+    assert "cannot be contained here" in done.stdout, done.stderr
+    assert "leave humaneval out" in done.stdout

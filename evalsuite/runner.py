@@ -259,7 +259,7 @@ def _write_samples(path: Path, samples: dict[str, Any]) -> None:
 
 def _quieten() -> None:
     """lm-eval and its libraries write progress and advice of their own; ours is shown instead."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

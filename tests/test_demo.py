@@ -61,7 +61,7 @@ def test_demo_is_interrupted_resumed_and_completed(tmp_path):
         "entropy",
         "Commonsense reasoning",
         "Problem solving",
-        "offline throughput",
+        "tok/s",
         "TinyLlama 3T",
         "in all",
     ):

@@ -48,9 +48,11 @@ def train_command(
     from tinyllama.errors import ConfigError
     from train import plan as planning
     from train.launch import launch
+    from train.launch import launcher as deepspeed_launcher
     from train.recipe import load_recipe
     from train.state import refuse_other_run
 
+    deepspeed_launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
     config = Path(deepspeed)

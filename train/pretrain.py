@@ -81,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
     output = Path(arguments.output)
 
+    # DeepSpeed compiles its operators with the ninja of this environment, which need not be activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
     # -- Distributed, device, resume --------------------------------------------------------------------------------
     import torch
     import torch.distributed as dist

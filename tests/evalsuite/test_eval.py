@@ -197,7 +197,7 @@ def test_vllm_backend_gives_the_same_choices(native, export, tmp_path):
         "--data-dir",
         "mini",
         "--limit",
-        6,
+        4,
         "--backend",
         "vllm",
         tasks="arc_easy",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
+import random
+import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,10 +17,10 @@ from conftest import SHARED, tinyllama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllama.errors import UserError
-from tinyllama.tokenizer.export import export_hf, merges, verify_hf
+from tinyllama.errors import DataError, UserError
+from tinyllama.tokenizer.export import check_texts, export_hf, merges, read_pieces, tokenizer_json, unproven, verify_hf
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
-from tinyllama.tokenizer.train import LLAMA_SETTINGS
+from tinyllama.tokenizer.train import LLAMA_SETTINGS, lines, sample, train
 
 LLAMA2 = SHARED / "tokenizer" / "llama2" / "tokenizer.model"
 
@@ -31,12 +37,20 @@ def standard_library() -> list[str]:
     return texts
 
 
+@pytest.fixture(scope="module")
+def thousand(corpus, tmp_path_factory):
+    """A tokenizer.model of 1000 pieces, trained on what CPython ships."""
+    path = tmp_path_factory.mktemp("thousand") / "tokenizer.model"
+    train([corpus], path, 1000)
+    return path
+
+
 @pytest.fixture(scope="module", params=["llama2", "trained"])
-def pair(request, tokenizer_model, tmp_path_factory):
+def pair(request, thousand, tmp_path_factory):
     """(tokenizer.model, its export) of Llama 2's real tokenizer, and of one trained here."""
     if request.param == "llama2" and not LLAMA2.exists():
         pytest.skip("Llama 2's tokenizer.model is not part of this project (../shared/tokenizer is absent)")
-    model = LLAMA2 if request.param == "llama2" else tokenizer_model
+    model = LLAMA2 if request.param == "llama2" else thousand
     target = tmp_path_factory.mktemp("hf") / request.param
     report = export_hf(model, target)
     assert report["checked"]["texts"] > 800
@@ -66,7 +80,9 @@ def test_ids_are_equal_and_text_comes_back_on_random_unicode(both, texts):
         ids = ours.encode(text)
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert theirs(text)["input_ids"] == [ours.bos_id, *ids]
-        assert theirs.decode(ids) == ours.decode(ids)
+        # A literal "▁" is how SentencePiece writes a space: it comes back as one. Everything else comes back as it was.
+        assert theirs.decode(ids) == ours.decode(ids) == text.replace("▁", " ")
+        assert theirs.decode([ours.bos_id, *ids, ours.eos_id], skip_special_tokens=True) == text.replace("▁", " ")
 
 
 @given(st.text(alphabet=" \n\tab=-_▁<s>/0", max_size=120))
@@ -84,8 +100,121 @@ def test_special_tokens_are_known(both):
     assert 1 not in theirs("a <s> b", add_special_tokens=False)["input_ids"]
 
 
-def test_the_naive_order_of_merges_would_be_wrong(tokenizer_model):
-    """What this module avoids: merges in vocabulary order, as transformers derives them."""
+def test_every_way_to_load_gives_the_same(pair, tmp_path):
+    """Beside a model's config.json, as users have it: AutoTokenizer, PreTrainedTokenizerFast, and saved again."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    ours = Tokenizer.load(pair[0])
+    directory = tmp_path / "model"
+    shutil.copytree(pair[1], directory)
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ours.vocab_size}
+    (directory / "config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "again")
+    assert verify_hf(directory, pair[0], check_texts())["mismatches"] == 0
+    loaded = [PreTrainedTokenizerFast.from_pretrained(directory), AutoTokenizer.from_pretrained(tmp_path / "again")]
+    for tokenizer in loaded:
+        for text in itertools.islice(check_texts(), 300):
+            assert tokenizer.encode(text) == [1, *ours.encode(text)]
+    assert AutoTokenizer.from_pretrained(directory, add_bos_token=False).encode("a") == ours.encode("a")
+
+
+def test_vllm_gives_the_same(pair, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed (the extras cpu or gpu)")
+    directory = tmp_path / "model"
+    shutil.copytree(pair[1], directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    program = (
+        "import json, sys\n"
+        "from vllm.tokenizers import get_tokenizer\n"
+        "tokenizer = get_tokenizer(sys.argv[1])\n"
+        "texts = json.loads(sys.stdin.read())\n"
+        "print(json.dumps([tokenizer.encode(text) for text in texts]))"
+    )
+    texts = list(check_texts())[:700]
+    done = subprocess.run(
+        [sys.executable, "-c", program, directory], input=json.dumps(texts), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ours = Tokenizer.load(pair[0])
+    assert json.loads(done.stdout.splitlines()[-1]) == [[1, *ours.encode(text)] for text in texts]
+
+
+@pytest.mark.parametrize("text", [" " * 300_000, "=" * 300_000, "a" * 300_000, "中文" * 100_000, "x = 1\n" * 50_000])
+def test_long_texts_are_equal(both, text):
+    """Without a pre-tokenizer the whole text is one word to Hugging Face; it must stay usable at that."""
+    ours, theirs = both
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+
+
+def model_of(scores: dict[str, float], like: Path, target: Path) -> Path:
+    """A SentencePiece BPE with these pieces, and their characters, after the bytes of the model `like`."""
+    proto = spec(like)
+    del proto.pieces[259:]
+    characters = sorted({c for piece in scores for c in piece} | {"▁"})
+    for piece, score in [*scores.items(), *((c, -1000.0) for c in characters if c not in scores)]:
+        proto.pieces.add(piece=piece, score=score, type=1)
+    proto.normalizer_spec.add_dummy_prefix = False
+    target.write_bytes(proto.SerializeToString())
+    return target
+
+
+def test_an_order_is_proven_for_real_tokenizers(pair):
+    pieces, _ = read_pieces(pair[0])
+    assert unproven(pieces, merges(pieces)) is None
+
+
+def test_what_no_order_can_express_is_refused(tokenizer_model, tmp_path):
+    """Two pieces with one score: SentencePiece takes the leftmost, whichever it is; a rank cannot."""
+    scores = {"ac": -1.0, "cac": -2.0, "ccac": -3.0, "cacb": -3.0}
+    path = model_of(scores, tokenizer_model, tmp_path / "tie.model")
+    ours = Tokenizer.load(path)
+    names = [piece for piece, _, _ in read_pieces(path)[0]]
+    assert [names[i] for i in ours.encode("ccacb")] == ["ccac", "b"]
+    assert [names[i] for i in ours.encode("cacb")] == ["cacb"]
+    with pytest.raises(UserError, match="no order of merges is known"):
+        export_hf(path, tmp_path / "hf")
+    assert not [p for p in tmp_path.iterdir() if p != path]
+
+
+def test_an_overlap_in_the_wrong_order_is_found():
+    """aba = ab+a = a+ba, and "abaaba"... : where a|ba|... and ab|a|ba meet, the leftmost must have the lower rank."""
+    pieces = [("ab", -1.0, 1), ("ba", -2.0, 1), ("aba", -3.0, 1), ("a", -9.0, 1), ("b", -9.0, 1)]
+    order = merges(pieces)
+    assert order == [("a", "b"), ("b", "a"), ("ab", "a"), ("a", "ba")]
+    assert unproven(pieces, order) is None
+    # ab|a|ba cannot come about ("abaab" without a "ba" is ab|a|ab) unless "ba" is joined before "ab".
+    pieces[0], pieces[1] = ("ab", -2.0, 1), ("ba", -1.0, 1)
+    assert unproven(pieces, merges(pieces)) is None
+
+
+def test_proofs_hold_on_random_vocabularies(tokenizer_model, tmp_path):
+    """Vocabularies far worse than real ones; where the order is proven, every short text must be equal."""
+    from tokenizers import Tokenizer as Backend
+
+    texts = ["".join(t) for n in range(1, 11) for t in itertools.product("ab", repeat=n)]
+    proven = 0
+    for seed in range(40):
+        generator = random.Random(seed)
+        known = {"a", "b"}
+        for _ in range(generator.randint(5, 60)):
+            piece = generator.choice(sorted(known)) + generator.choice(sorted(known))
+            if len(piece) <= 8:
+                known.add(piece)
+        pieces = sorted(known - {"a", "b"})
+        generator.shuffle(pieces)
+        path = model_of({p: -float(i) for i, p in enumerate(pieces)}, tokenizer_model, tmp_path / "random.model")
+        table, _ = read_pieces(path)
+        if unproven(table, merges(table)) is not None:
+            continue
+        proven += 1
+        theirs = Backend.from_str(json.dumps(tokenizer_json(path)))
+        expected = Tokenizer.load(path).encode_batch(texts, 2)
+        got = [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+        assert [t for t, x, y in zip(texts, expected, got, strict=True) if x != y] == []
+    assert proven >= 20
+
+
+def test_longer_runs_of_spaces_come_first():
     run = "▁"
     pieces = [
         (run * 2, -1e9, 1),
@@ -136,6 +265,46 @@ def test_trained_model_learns_indentation_and_splits_digits(tokenizer_model):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_only_newlines_end_lines():
+    assert list(lines(["a;\r\n    b\x0c\u2028c\n\n", "", "d"])) == ["a;\r", "    b\x0c\u2028c", "d"]
+    assert list(lines(["x" * 65_536 + "\n" + "y" * 65_537, "é" * 40_000])) == ["x" * 65_536]
+
+
+def test_samples_are_uniform_and_depend_on_the_seed_alone():
+    items = [str(i) for i in range(50)]
+    assert sample(items, 50, 0) == sample(items, 99, 1) == items
+    assert sample(items, 5, 1) == sample(iter(items), 5, 1) != sample(items, 5, 2)
+    counts = dict.fromkeys(items, 0)
+    for seed in range(4000):
+        for item in sample(items, 5, seed):
+            counts[item] += 1
+    # Each is expected 400 times with a standard deviation of 19.
+    assert all(300 < count < 500 for count in counts.values())
+
+
+def test_training_on_a_sample_follows_the_seed(corpus, tmp_path):
+    made = [
+        train([corpus], tmp_path / str(i), 500, input_sentence_size=1000, seed=seed, num_threads=threads)
+        for i, (seed, threads) in enumerate([(1, 1), (1, 2), (2, 1)])
+    ]
+    assert made[0]["lines"] == 1000
+    assert made[0]["sha256"] == made[1]["sha256"] != made[2]["sha256"]
+    assert {p.name for p in tmp_path.iterdir()} == {"0", "1", "2"}
+
+
+def test_kinds_of_input_give_the_same_model(tmp_path):
+    texts = [p.read_text("utf-8") for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:15]]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:02}.py").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps({"content": t}) + "\n" for t in texts)
+    inputs = [folder, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
+    assert len({train([i], tmp_path / "x.model", 500)["sha256"] for i in inputs}) == 1
+
+
 def test_training_is_deterministic(corpus, tokenizer_model, tmp_path):
     again = tmp_path / "again.model"
     tinyllama("tokenizer", "train", corpus, "--output", again, "--vocab-size", 600, "--threads", 1)
@@ -156,7 +325,7 @@ def test_export_command(tokenizer_model, tmp_path):
     ("arguments", "words"),
     [
         (["train", "{corpus}", "--output", "x.model", "--vocab-size", "100000"], "at most"),
-        (["train", "{corpus}", "--output", "x.model", "--vocab-size", "10"], "300 or more"),
+        (["train", "{corpus}", "--output", "x.model", "--vocab-size", "10"], "260 or more"),
         (["train", "missing", "--output", "x.model"], "missing does not exist"),
         (["export", "missing.model", "--output", "hf"], "missing.model does not exist"),
     ],
@@ -188,3 +357,67 @@ def test_models_of_another_kind_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="not a BPE model"):
         export_hf(tmp_path / "unigram.model", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_sizes_that_do_not_fit_name_the_bound_that_does(tmp_path):
+    characters = "".join(chr(0x4E00 + i) for i in range(500))
+    (tmp_path / "a.txt").write_text("\n".join([characters] * 3))
+    with pytest.raises(UserError, match="too small.*at least (\\d+)") as small:
+        train([tmp_path / "a.txt"], tmp_path / "x.model", 400)
+    least = int(str(small.value).split()[-1])
+    assert train([tmp_path / "a.txt"], tmp_path / "x.model", least)["vocab_size"] == least
+    (tmp_path / "b.txt").write_text("hello world\n" * 10)
+    with pytest.raises(UserError, match="too large.*at most (\\d+)") as large:
+        train([tmp_path / "b.txt"], tmp_path / "y.model", 9999)
+    most = int(str(large.value).split()[-1])
+    assert train([tmp_path / "b.txt"], tmp_path / "y.model", most)["vocab_size"] == most
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "fine"}\n{"text": broken\n', "bad.jsonl:2 is not valid JSON"),
+        ('{"other": 1}\n', "bad.jsonl:1 has no text or content"),
+        ('{"text": "\\n\\n"}\n', "no text in 1 documents"),
+        ('{"text": "a\\ud800b"}\n', "document 1, has a lone surrogate U\\+D800 at character 1"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(content, words, tmp_path):
+    """Errors while reading are the reader's own, not SentencePiece's about the vocabulary."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=words):
+        train([path], tmp_path / "x.model", 400)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_lone_surrogates_are_named(tokenizer_model):
+    tokenizer = Tokenizer.load(tokenizer_model)
+    for encode in (lambda: tokenizer.encode("ab\udfff"), lambda: tokenizer.encode_batch(["fine", "ab\udfff"], 2)):
+        with pytest.raises(DataError, match="U\\+DFFF at character 2"):
+            encode()
+
+
+def test_truncated_and_missing_models_are_named(tokenizer_model, tmp_path):
+    content = tokenizer_model.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 1):
+        (tmp_path / "tokenizer.model").write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"tokenizer\.model is (empty|not a SentencePiece model)"):
+            Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.load(tmp_path / "absent")
+
+
+def test_export_into_a_directory_keeps_its_other_files(tokenizer_model, tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / "tokenizer.json").write_text("stale")
+    export_hf(tokenizer_model, target)
+    assert (target / "config.json").read_text() == "{}"
+    assert json.loads((target / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+    assert (target / "tokenizer.model").read_bytes() == tokenizer_model.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        export_hf(tokenizer_model, tmp_path / "file")

@@ -1,4 +1,8 @@
-"""`tinyllama tokenizer`: train, export."""
+"""`tinyllama tokenizer`: train, export.
+
+Arguments, progress and reports; the work is done in `train` and `export`, imported when a command runs, so that
+`--help` needs neither sentencepiece nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ def train(
     inputs: Annotated[list[Path], typer.Argument(help="Files or folders: .jsonl[.gz|.zst], .parquet, text.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The tokenizer.model to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of pieces; Llama 2 has 32000.")] = 32000,
-    max_lines: Annotated[int, typer.Option(help="At most so many lines, sampled, are held in memory.")] = 10_000_000,
+    max_lines: Annotated[
+        int | None, typer.Option(help="At most so many lines, sampled, are held in memory. Default: 10,000,000.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which lines are sampled, where there are more.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -27,6 +34,8 @@ def train(
       tinyllama tokenizer train corpus/ --output tokenizer.model
 
       tinyllama tokenizer train prose.jsonl code.parquet --output tokenizer.model --vocab-size 16000
+
+      tinyllama tokenizer train web/ --output tokenizer.model --max-lines 1000000 --seed 1 --json
     """
     import json
 
@@ -34,33 +43,38 @@ def train(
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     from tinyllama.data.documents import find_inputs
+    from tinyllama.tokenizer.train import INPUT_LINES
     from tinyllama.tokenizer.train import train as run
 
     total = sum(file.path.stat().st_size for file in find_inputs(inputs))
-    columns = ("reading", BarColumn(), DownloadColumn(), "ETA", TimeRemainingColumn(), "elapsed", TimeElapsedColumn())
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), "ETA", TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("reading", total=total)
         report = run(
             inputs,
             output,
             vocab_size,
-            input_sentence_size=max_lines,
+            input_sentence_size=INPUT_LINES if max_lines is None else max_lines,
+            seed=seed,
             num_threads=threads,
             progress=lambda text_bytes: progress.advance(task, text_bytes),
+            # SentencePiece does not say how far it is: a bar without an end.
+            learning=lambda: progress.update(task, description="learning pieces", total=None),
         )
-        progress.update(task, completed=total)
+        progress.update(task, description="done", total=total, completed=total)
     if as_json:
         print(json.dumps(report))
         return
     Console().print(
-        f"[green]trained[/] {report['vocab_size']:,} pieces on {report['documents']:,} documents: {output}",
+        f"[green]trained[/] {report['vocab_size']:,} pieces on {report['lines']:,} lines of "
+        f"{report['documents']:,} documents: {output}",
         highlight=False,
     )
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="tokenizer.model.")],
+    model: Annotated[Path, typer.Argument(help="tokenizer.model, or a folder that holds one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The Hugging Face tokenizer directory to write.")],
     as_json: JsonFlag = False,
 ) -> None:
@@ -69,6 +83,8 @@ def export(
     [bold]Example[/]
 
       tinyllama tokenizer export tokenizer.model --output exports/tokenizer
+
+      tinyllama tokenizer export data/ --output exports/tokenizer --json
     """
     import json
 

@@ -1,15 +1,16 @@
-"""A tokenizer.model as a Hugging Face tokenizer directory, with exactly SentencePiece's ids, proven before it is written.
+"""A tokenizer.model as a Hugging Face tokenizer directory with exactly SentencePiece's ids, proven before it is written.
 
 SentencePiece joins, again and again, the neighbours whose joined piece has the highest score, the leftmost first among
 equals. Hugging Face's BPE joins the pair of lowest rank, the leftmost first within one pair. So every split of every
-piece becomes a merge, ranked by the piece's score. Two kinds of equals need an order of their own:
+piece becomes a merge, ranked by the piece's score. Ranks cannot say "leftmost" of two different pairs with one score;
+`merges` orders these, `unproven` looks for a text that could tell the difference (then nothing is written), and a
+check corpus is encoded both ways, because libraries change.
 
-- Runs of spaces all have one score (-1e9 in Llama 2's model). Leftmost-first then means that the leftmost run grows
-  until nothing longer exists before the next one starts; ranking longer results first does just that.
-- Several splits of one piece: the one with the longer left part first, which starts further left where two overlap.
-
-Text such as `<s>` inside a document is text, as it is for SentencePiece (`split_special_tokens`). The exporter encodes a
-check corpus both ways and writes nothing if one id differs.
+What users should know: text such as `<s>` inside a document is text, as it is for SentencePiece
+(`split_special_tokens`; the bare `tokenizers` library ignores this setting). bos comes first with
+`add_special_tokens=True`, by the post-processor in tokenizer.json. Load with AutoTokenizer or PreTrainedTokenizerFast:
+transformers' LlamaTokenizer rebuilds the normalizer in its own way. Bytes that are no UTF-8 decode to other
+replacement characters than SentencePiece's.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ import os
 import random
 import shutil
 import sysconfig
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from tinyllama.errors import UserError
+from tinyllama.errors import MissingExtraError, UserError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
 SPACE = "▁"
+Pair = tuple[str, str]
 
 
 def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
@@ -39,8 +44,10 @@ def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != 2:
         raise UserError(f"{path} is not a BPE model", fix="only SentencePiece BPE (Llama's kind) can be exported")
-    if rules.name != "identity" or rules.remove_extra_whitespaces or spec.treat_whitespace_as_suffix:
+    if rules.name != "identity" or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
         raise UserError(f"{path} normalizes text ({rules.name})", fix="only identity normalization can be exported")
+    if spec.treat_whitespace_as_suffix or not rules.escape_whitespaces:
+        raise UserError(f"{path} treats spaces in another way than Llama's", fix="train it with Llama's settings")
     pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
     kinds = {kind for _, _, kind in pieces}
     if not kinds <= {NORMAL, UNKNOWN, CONTROL, BYTE}:
@@ -54,8 +61,12 @@ def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
     return pieces, rules
 
 
-def merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """Every split of every piece into two pieces, in the order that reproduces SentencePiece (see the module)."""
+def merges(pieces: list[tuple[str, float, int]]) -> list[Pair]:
+    """Every split of every piece into two pieces, best score first.
+
+    Among equals: the longer piece first (a run of spaces then grows to its full length before the next one starts), and
+    of one piece's splits the one with the longer left part, which starts further left where two of them overlap.
+    """
     score = {piece: value for piece, value, kind in pieces if kind == NORMAL}
     found = []
     for piece, value in score.items():
@@ -66,9 +77,115 @@ def merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     return [pair for *_, pair in sorted(found)]
 
 
+def unproven(pieces: list[tuple[str, float, int]], order: list[Pair]) -> str | None:
+    """None if no text is found on which BPE with the merges `order` could part from SentencePiece; else such a text.
+
+    An argument, not a formal proof: `export` encodes its check corpus both ways as well.
+
+    Pieces with one score. Allowed are only runs of spaces of every length from 2 to some m (Llama 2: one score, -1e9,
+    for all up to 16), below all else, and no other piece with two spaces. All else is then joined first; in what is
+    left of a run, leftmost-first and longest-first both grow the leftmost block to m before the next one starts.
+
+    Other pieces have a score of their own, so the two algorithms can only part where one piece P is joined from two
+    different splits at two places. What follows at once from a join are pieces of higher score made from that P; if
+    the symbols that two joins and their consequences take are apart, the order does not matter. They meet only if the
+    places overlap (x|y|z with P = xy = yz), or one's consequence takes a part of the other place, or takes the other
+    P, or both want one symbol between them. `_critical_texts` lists the text of every such case. Merges inside a
+    stretch of text do not depend on what is outside until one crosses its ends, so a case exists in some text only if
+    it comes about in that short text alone, which `_parts` tries out, with every choice that either could make.
+    """
+    score = {piece: value for piece, value, kind in pieces if kind == NORMAL}
+    splits: dict[str, list[Pair]] = defaultdict(list)
+    for left, right in order:
+        splits[left + right].append((left, right))
+    holders = Counter(score[piece] for piece in splits)
+    tied = sorted((piece for piece in splits if holders[score[piece]] > 1), key=len)
+    if tied:
+        lowest = min(score[piece] for piece in splits)
+        for number, piece in enumerate(tied):
+            if score[piece] > lowest or piece != SPACE * (number + 2):
+                return piece
+        for piece in splits.keys() - tied:
+            if SPACE * 2 in piece:
+                return piece
+    rank = {pair: number for number, pair in enumerate(order)}
+    for piece in tied:
+        if len(piece) > 2 and rank[piece[1:], SPACE] > rank[SPACE, SPACE]:
+            return piece
+        del splits[piece]
+    return next((text for text in sorted(_critical_texts(splits, score)) if _parts(text, score, rank)), None)
+
+
+def _critical_texts(splits: dict[str, list[Pair]], score: dict[str, float]) -> set[str]:
+    """Every text that a conflict between two splits of one piece needs (see `unproven`)."""
+    texts: set[str] = set()
+    for ways in splits.values():
+        texts.update(x + y + z for x, y in ways for left, z in ways if y == left and x != left)
+    # (P, symbol): the pieces in which P, or what is made from it, takes the symbol on its right or on its left.
+    takes_right: dict[Pair, set[str]] = defaultdict(set)
+    takes_left: dict[Pair, set[str]] = defaultdict(set)
+    for whole in splits:
+        for start in range(len(whole) - 1):
+            for stop in range(start + 2, len(whole) + 1):
+                piece = whole[start:stop]
+                ways = splits.get(piece, [])
+                if len(ways) < 2 or score[piece] >= score[whole]:
+                    continue
+                before, after = whole[:start], whole[stop:]
+                if piece in after:
+                    texts.add(whole)
+                texts.update(left + whole for left, right in ways if before.startswith(right))
+                texts.update(whole + right for left, right in ways if after.endswith(left))
+                for cut in range(len(after)):
+                    takes_right[piece, after[cut:]].add(whole)
+                for cut in range(1, len(before) + 1):
+                    takes_left[piece, before[:cut]].add(whole)
+    for (piece, symbol), wholes in takes_right.items():
+        if symbol in score:
+            for other in takes_left.get((piece, symbol), ()):
+                texts.update(whole + other[len(symbol) :] for whole in wholes)
+    return texts
+
+
+def _parts(text: str, score: dict[str, float], rank: dict[Pair, int]) -> bool:
+    """Whether the order of equals can matter in a text: tries every order that the two algorithms could take."""
+    todo = [tuple(text)]
+    seen = set(todo)
+    while todo:
+        state = todo.pop()
+        pairs = list(pairwise(state))
+        values = [score.get(left + right) for left, right in pairs]
+        best = max((value for value in values if value is not None), default=None)
+        if best is None:
+            continue
+        places = [place for place, value in enumerate(values) if value == best]
+        for number, first in enumerate(places):
+            for second in places[number + 1 :]:
+                overlap_in_order = second == first + 1 and rank[pairs[first]] < rank[pairs[second]]
+                if pairs[first] != pairs[second] and not overlap_in_order:
+                    return True
+        # Both take the leftmost place of a pair, and neither takes a place whose left neighbour overlaps it.
+        for place in {pairs[place]: place for place in reversed(places)}.values():
+            if place - 1 not in places:
+                joined = (*state[:place], "".join(pairs[place]), *state[place + 2 :])
+                if joined not in seen:
+                    seen.add(joined)
+                    todo.append(joined)
+    return False
+
+
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """The content of `tokenizer.json`: normalizer, BPE with byte fallback, post-processor with bos, decoder."""
+    """The content of `tokenizer.json`: normalizer, BPE with byte fallback, post-processor with bos, decoder.
+
+    UserError if the model is of another kind, or no order of merges is known to give its ids.
+    """
     pieces, rules = read_pieces(path)
+    order = merges(pieces)
+    if (doubt := unproven(pieces, order)) is not None:
+        raise UserError(
+            f"{path}: no order of merges is known to give SentencePiece's ids on texts such as {doubt!r}",
+            fix="nothing was written; report this tokenizer",
+        )
     names = [piece for piece, _, _ in pieces]
     unk, bos, eos = (_special(pieces, name) for name in ("<unk>", "<s>", "</s>"))
     special = [
@@ -115,7 +232,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {name: i for i, name in enumerate(names)},
-            "merges": [list(pair) for pair in merges(pieces)],
+            "merges": [list(pair) for pair in order],
         },
     }
 
@@ -169,12 +286,15 @@ def check_texts(seed: int = 0) -> Iterator[str]:
 
 
 def verify_hf(directory: str | os.PathLike[str], model: str | os.PathLike[str], texts: Iterable[str]) -> dict[str, Any]:
-    """Encode `texts` with both; returns counts and the first text that differs (None if none does).
+    """Encode `texts` with both; returns {texts, tokens, mismatches, first}: counts, and the first text that differs.
 
-    Checks the ids without special tokens, and that special tokens add bos in front and nothing else.
+    Checks the ids with special tokens, which must be SentencePiece's with bos in front, and of texts up to 10,000
+    characters also those without.
     """
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtraError("transformers", "model") from None
     ours, theirs = Tokenizer.load(model), AutoTokenizer.from_pretrained(directory)
     counts: dict[str, Any] = {"texts": 0, "tokens": 0, "mismatches": 0, "first": None}
     threads = os.cpu_count() or 1
@@ -182,12 +302,13 @@ def verify_hf(directory: str | os.PathLike[str], model: str | os.PathLike[str], 
 
     def compare() -> None:
         expected = ours.encode_batch(pending, threads)
-        plain = theirs(pending, add_special_tokens=False)["input_ids"]
         full = theirs(pending)["input_ids"]
-        for text, want, got, with_bos in zip(pending, expected, plain, full, strict=True):
+        short = [text for text in pending if len(text) <= 10_000]
+        plain = dict(zip(short, theirs(short, add_special_tokens=False)["input_ids"], strict=True)) if short else {}
+        for text, want, got in zip(pending, expected, full, strict=True):
             counts["texts"] += 1
             counts["tokens"] += len(want)
-            if want != got or with_bos != [ours.bos_id, *want]:
+            if got != [ours.bos_id, *want] or plain.get(text, want) != want:
                 counts["mismatches"] += 1
                 counts["first"] = counts["first"] if counts["first"] is not None else text
         pending.clear()
@@ -201,44 +322,61 @@ def verify_hf(directory: str | os.PathLike[str], model: str | os.PathLike[str], 
     return counts
 
 
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error.strerror or error})", fix="give a writable --output") from None
+
+
+def _write(directory: Path, model: Path, content: dict[str, Any]) -> None:
+    (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {
+        # Not LlamaTokenizer, which transformers rebuilds from the vocabulary with a normalizer of its own.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        # transformers 5 follows tokenizer.json's post-processor and does not read these two; others do.
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    shutil.copyfile(model, directory / "tokenizer.model")
+
+
 def export_hf(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> dict[str, Any]:
     """Write the Hugging Face tokenizer directory `output` from a tokenizer.model, after proving its ids.
 
-    Returns what was checked. UserError, and nothing written, if the model is of another kind or an id differs.
+    Returns {sha256, vocab_size, checked: {texts, tokens}}. An existing directory keeps its other files. UserError, and
+    nothing written, if the model is of another kind, its order of merges is unproven, or an id differs.
     """
     loaded = Tokenizer.load(model)
+    content = tokenizer_json(loaded.path)
     target = Path(output)
     partial = target.with_name(f"{target.name}.tokenizer-partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        content = tokenizer_json(loaded.path)
-        (partial / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000_000,
-        }
-        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        (partial / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-        shutil.copyfile(loaded.path, partial / "tokenizer.model")
-        counts = verify_hf(partial, loaded.path, check_texts())
+        with _writing(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write(partial, loaded.path, content)
+        counts = verify_hf(partial, loaded.path, chain(check_texts(), content["model"]["vocab"]))
         if counts["mismatches"]:
             raise UserError(
                 f"{counts['mismatches']} of {counts['texts']} texts get other ids than SentencePiece's, first "
                 f"{counts['first'][:40]!r}",
                 fix="nothing was written; report this tokenizer",
             )
-        target.mkdir(parents=True, exist_ok=True)
-        for path in partial.iterdir():
-            os.replace(path, target / path.name)
+        with _writing(target):
+            if target.exists():
+                for path in sorted(partial.iterdir()):
+                    os.replace(path, target / path.name)
+            else:
+                os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {

@@ -1,4 +1,7 @@
-"""A tokenizer.model and what the rest of the project asks of it. The door to the sentencepiece library."""
+"""A tokenizer.model and what the rest of the project asks of it. The door to the sentencepiece library.
+
+Knows nothing of documents, stores or Hugging Face. `Tokenizer.load("tokenizer.model").encode("text")` gives ids.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.errors import DataError, MissingExtraError, UserError
 
 
 class Tokenizer:
@@ -42,23 +45,49 @@ class Tokenizer:
             model = file.read_bytes()
         except FileNotFoundError:
             raise UserError(
-                f"tokenizer {path} does not exist",
+                f"tokenizer {file} does not exist",
                 fix="give a tokenizer.model, or train one: tinyllama tokenizer train",
             ) from None
-        except PermissionError:
-            raise UserError(f"tokenizer {path} is not readable", fix="grant read permission") from None
+        except OSError as error:
+            raise UserError(
+                f"tokenizer {file} cannot be read ({error.strerror})", fix="give a readable tokenizer.model"
+            ) from None
         if not model:
-            raise UserError(f"tokenizer {path} is empty", fix="give a tokenizer.model")
+            raise UserError(f"tokenizer {file} is empty", fix="give a tokenizer.model")
         return cls(file, model)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without bos and eos."""
-        return self._processor.encode(text)
+        """Ids of a text, without bos and eos. DataError if the text holds a lone surrogate."""
+        try:
+            return self._processor.encode(text)
+        except (RuntimeError, TypeError):
+            check_encodable(text)
+            raise
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
         """Ids of many texts, on `num_threads` threads; the result does not depend on their number."""
-        return self._processor.encode(list(texts), num_threads=num_threads)
+        texts = list(texts)
+        try:
+            return self._processor.encode(texts, num_threads=num_threads)
+        except (RuntimeError, TypeError):
+            for text in texts:
+                check_encodable(text)
+            raise
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """The text of ids. IndexError for an id that is not in the vocabulary."""
         return self._processor.decode(list(ids))
+
+
+def check_encodable(text: str, where: str = "text") -> bytes:
+    """The text as UTF-8. DataError for half of a surrogate pair: JSON's escapes can say it, UTF-8 cannot.
+
+    Not replaced silently: what is trained on would differ from what the file holds.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
+            fix="replace it (in Python: text.encode('utf-8', 'replace').decode())",
+        ) from None

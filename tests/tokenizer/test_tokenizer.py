@@ -362,12 +362,12 @@ def test_models_of_another_kind_are_refused(corpus, tmp_path):
 def test_sizes_that_do_not_fit_name_the_bound_that_does(tmp_path):
     characters = "".join(chr(0x4E00 + i) for i in range(500))
     (tmp_path / "a.txt").write_text("\n".join([characters] * 3))
-    with pytest.raises(UserError, match="too small.*at least (\\d+)") as small:
+    with pytest.raises(UserError, match=r"too small.*at least (\d+)") as small:
         train([tmp_path / "a.txt"], tmp_path / "x.model", 400)
     least = int(str(small.value).split()[-1])
     assert train([tmp_path / "a.txt"], tmp_path / "x.model", least)["vocab_size"] == least
     (tmp_path / "b.txt").write_text("hello world\n" * 10)
-    with pytest.raises(UserError, match="too large.*at most (\\d+)") as large:
+    with pytest.raises(UserError, match=r"too large.*at most (\d+)") as large:
         train([tmp_path / "b.txt"], tmp_path / "y.model", 9999)
     most = int(str(large.value).split()[-1])
     assert train([tmp_path / "b.txt"], tmp_path / "y.model", most)["vocab_size"] == most

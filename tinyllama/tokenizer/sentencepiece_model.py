@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tinyllama.errors import DataError, MissingExtraError, UserError
 
@@ -23,6 +24,7 @@ class Tokenizer:
         except ImportError:
             raise MissingExtraError("sentencepiece", "data") from None
         self.path = path
+        self._model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -55,6 +57,25 @@ class Tokenizer:
         if not model:
             raise UserError(f"tokenizer {file} is empty", fix="give a tokenizer.model")
         return cls(file, model)
+
+    def _proto(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(self._model)
+        return proto
+
+    def pieces(self) -> list[tuple[str, int]]:
+        """Every piece and its type, by id."""
+        return [(piece.piece, piece.type) for piece in self._proto().pieces]
+
+    @property
+    def is_llama_like(self) -> bool:
+        """Whether this is BPE that takes text as it is: no normalization, a space before it, spaces kept as they are."""
+        spec, rules = self._proto().trainer_spec, self._proto().normalizer_spec
+        plain = rules.name == "identity" and not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
+        spaces = rules.add_dummy_prefix and rules.escape_whitespaces and not spec.treat_whitespace_as_suffix
+        return spec.model_type == 2 and spec.byte_fallback and plain and spaces
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos. DataError if the text holds a lone surrogate."""

@@ -15,6 +15,17 @@ class UserError(Exception):
         self.fix = fix
         super().__init__(f"{what}; {fix}" if fix else what)
 
+    def __reduce__(self) -> tuple:
+        """Errors come back from worker processes as they were."""
+        return _rebuild, (type(self), self.what, self.fix, str(self))
+
+
+def _rebuild(kind: type[UserError], what: str, fix: str | None, text: str) -> UserError:
+    error = kind.__new__(kind)
+    error.what, error.fix = what, fix
+    error.args = (text,)
+    return error
+
 
 class MissingExtraError(UserError):
     """An optional dependency is not installed. Names the extra that brings it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.data.loader import Mixture, Source
-from tinyllama.errors import ConfigError, DataError, UserError
+from tinyllama.errors import ConfigError, DataError
 from train.recipe import Recipe
 
 # Enough positions at once to keep a GPU busy; more only costs memory. A recipe or the JSON can say otherwise.
@@ -146,12 +146,8 @@ def open_mixture(recipe: Recipe, data: str | Path) -> Mixture:
             fix="prepare the data with the recipe's tokenizer, or set model.vocab_size",
         )
     samples = num_steps(recipe) * (recipe.training.batch_tokens // recipe.data.sequence_length)
-    for name, epochs in mixture.epochs(samples).items():
-        if epochs > recipe.data.max_epochs:
-            raise UserError(
-                f"source {name!r} would be repeated {epochs:.2f} times, data.max_epochs={recipe.data.max_epochs:g}",
-                fix="train on fewer tokens, prepare more of it, or lower its weight (Muennighoff et al., 2023)",
-            )
+    mixture.check_epochs(samples, recipe.data.max_epochs)
+    mixture.check_sizes()
     return mixture
 
 

@@ -23,6 +23,7 @@ sys.path[:] = [str(_HERE.parent)] + [p for p in sys.path if Path(p or ".").resol
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from train import plan as planning  # noqa: E402
+from train.batch import model_inputs  # noqa: E402
 from train.recipe import Recipe, load_recipe  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
 
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     mixture = planning.open_mixture(recipe, arguments.data)
     tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
+    separator = mixture.separator_id if recipe.data.document_masking else None
     output = Path(arguments.output)
 
     # DeepSpeed compiles its operators with the ninja of this environment, which need not be activated.
@@ -201,10 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         for micro_step in range(plan.accumulation):
             ids, targets = mixture.fetch(plan.samples(step, rank, micro_step))
-            summed = engine(
-                torch.from_numpy(ids).to(device, non_blocking=True),
-                torch.from_numpy(targets).to(device, non_blocking=True),
-            )
+            summed = engine(**model_inputs(ids, targets, separator, device))
             engine.backward(summed * (ranks * plan.accumulation / targets_in_step))
             engine.step()  # acts on the last micro-step only
             loss_sum += summed.detach() / targets_in_step
@@ -239,7 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         # -- Validate, save, stop ---------------------------------------------------------------------------------
         if (step + 1) % recipe.validation.every_steps == 0 or last:
-            results = validate(engine, held_out, recipe.validation.max_sequences, plan.micro, device)
+            results = validate(engine, held_out, recipe.validation.max_sequences, plan.micro, separator, device)
             if metrics:
                 metrics.write({"step": step + 1, "tokens": state["tokens"], "validation": results})
             for name, result in results.items():

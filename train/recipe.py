@@ -32,12 +32,16 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, in which order. max_epochs: Muennighoff et al. (2023) find up to 4 epochs almost free."""
+    """What is read, in which order. max_epochs: Muennighoff et al. (2023) find up to 4 epochs almost free.
+
+    document_masking: attention stays inside a document, whose positions begin at 0; off, as in TinyLlama.
+    """
 
     sources: tuple[SourceConfig, ...] = (SourceConfig("slimpajama", 0.7), SourceConfig("starcoder", 0.3))
     sequence_length: int = 2048
     seed: int = 3407
     max_epochs: float = 4.0
+    document_masking: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,19 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.data.loader import HeldOut
+from train.batch import model_inputs
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
 def validate(
-    engine: DeepSpeedEngine, held_out: list[HeldOut], max_sequences: int, micro: int, device: Any
+    engine: DeepSpeedEngine,
+    held_out: list[HeldOut],
+    max_sequences: int,
+    micro: int,
+    separator_id: int | None,
+    device: Any,
 ) -> dict[str, dict[str, float]]:
     """Per source: loss (nats per token) and bits_per_byte over at most `max_sequences` windows; collective.
 
@@ -32,7 +38,7 @@ def validate(
                 first = start + rank * micro
                 mine = [n if n < windows else source.num_windows for n in range(first, first + micro)]
                 ids, targets = source.fetch(mine)
-                loss = engine(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
+                loss = engine(**model_inputs(ids, targets, separator_id, device))
                 totals += torch.tensor([loss.item(), float((targets >= 0).sum())], dtype=torch.float64)
             totals = totals.to(device)
             dist.all_reduce(totals)

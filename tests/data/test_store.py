@@ -1,180 +1,177 @@
-"""Documents to stores: nothing lost, nothing added, any damage found."""
+"""The store: any damage found and named, anything that does not fit refused, opening free of charge at any size."""
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import tinyllama
 
-from tinyllama.data.documents import find_inputs, read_documents
-from tinyllama.data.loader import HeldOut, Mixture, Source
+from tinyllama.data.loader import HeldOut, Mixture, Source, document_layout
 from tinyllama.data.prepare import prepare
-from tinyllama.data.store import TokenStore, read_manifest, verify
-from tinyllama.errors import DataError
+from tinyllama.data.store import (
+    LISTS,
+    SEPARATOR_POLICY,
+    Manifest,
+    SplitCounts,
+    TokenStore,
+    file_sha256,
+    read_list,
+    read_manifest,
+    shard_name,
+    verify,
+)
+from tinyllama.errors import ConfigError, DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
-
-TEXTS = [
-    "def f(x):\n    return x\n",
-    "Grüße, 世界! 🙂",
-    " leading space",
-    "a",
-    "line\r\nbreaks\n\n\n",
-    "1234567890",
-] * 20
-TEXTS = [f"{i}: {text}" for i, text in enumerate(TEXTS)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_model: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_model)
+def store(corpus: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prose in several shards, cut inside documents."""
+    path = tmp_path_factory.mktemp("store") / "prose"
+    prepare(
+        [corpus / "prose.jsonl"],
+        path,
+        Tokenizer.load(tokenizer_model),
+        validation_fraction=0.1,
+        shard_tokens=20_011,
+        workers=0,
+    )
+    return path
 
 
-def write_inputs(folder: Path) -> list[Path]:
-    """The same texts as every kind of input file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import zstandard
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    (folder / "a.jsonl").write_text(lines)
-    with gzip.open(folder / "b.jsonl.gz", "wt") as stream:
-        stream.write(lines)
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    pq.write_table(pa.table({"content": TEXTS}), folder / "d.parquet")
-    (folder / "e.txt").write_bytes(TEXTS[0].encode())
-    return sorted(folder.iterdir())
-
-
-def decoded(store: Path, tokenizer: Tokenizer) -> list[str]:
-    """Every document of a store, from its tokens."""
-    found = []
-    for split in ("train", "validation"):
-        tokens = TokenStore(store, split)
-        for index, shard in enumerate(tokens.shards):
-            for number in range(shard.num_documents):
-                ids = tokens.document(index, number)
-                assert ids[0] == tokenizer.bos_id
-                assert tokenizer.bos_id not in ids[1:]
-                found.append(tokenizer.decode(ids[1:].tolist()))
-    return found
+def test_the_format_is_what_the_documentation_says(store):
+    """Reads the store with nothing but json and numpy, as docs/data.md shows."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    assert manifest["format"] == "tinyllama-token-store"
+    shards = [json.loads(line) for line in (store / "shards.jsonl").read_text().splitlines()]
+    train = [shard for shard in shards if shard["split"] == "train"]
+    assert len(train) > 3
+    assert {shard["num_tokens"] for shard in train[:-1]} == {20_011}
+    stream = np.concatenate([np.fromfile(store / f"{s['name']}.tokens", dtype=manifest["dtype"]) for s in train])
+    starts = np.concatenate(
+        [
+            np.fromfile(store / f"{s['name']}.documents", dtype="<u8") + n * manifest["shard_tokens"]
+            for n, s in enumerate(train)
+        ]
+    )
+    assert len(stream) == manifest["splits"]["train"]["tokens"]
+    assert len(starts) == manifest["splits"]["train"]["documents"]
+    np.testing.assert_array_equal(np.flatnonzero(stream == manifest["separator_id"]), starts)
+    opened = TokenStore(store)
+    np.testing.assert_array_equal(opened.read(0, opened.num_tokens), stream)
+    np.testing.assert_array_equal(opened.read(20_000, 50_000), stream[20_000:70_000])
+    np.testing.assert_array_equal(opened.shard(1), stream[20_011:40_022])
+    for document, begin in zip(opened.documents(), starts, strict=True):
+        np.testing.assert_array_equal(document, stream[begin : begin + len(document)])
 
 
-def test_every_kind_of_file_gives_back_every_document(tmp_path, tokenizer):
-    for path in write_inputs(tmp_path / "in"):
-        expected = TEXTS if path.suffix != ".txt" else TEXTS[:1]
-        assert list(read_documents(find_inputs([path])[0])) == expected
-    manifest = prepare([tmp_path / "in"], tmp_path / "store", tokenizer, validation_fraction=0.2)
-    verify(tmp_path / "store")
-    assert sorted(decoded(tmp_path / "store", tokenizer)) == sorted(TEXTS * 4 + TEXTS[:1])
-    expected = sum(len(ids) + 1 for ids in tokenizer.encode_batch(TEXTS * 4 + TEXTS[:1], 1))
-    assert manifest.tokens("train") + manifest.tokens("validation") == expected
+def test_provenance_is_complete(store, corpus):
+    (entry,) = read_list(store, "inputs.jsonl")
+    source = corpus / "prose.jsonl"
+    assert (entry["name"], entry["bytes"], entry["sha256"]) == (
+        "prose.jsonl",
+        source.stat().st_size,
+        file_sha256(source),
+    )
+    assert entry["records"] == len(source.read_text().splitlines())
+    assert sum(split["documents"] for split in entry["splits"].values()) == entry["records"] - entry["skipped"]
 
 
-def test_bytes_do_not_depend_on_threads(tmp_path, tokenizer):
-    write_inputs(tmp_path / "in")
-    hashes = {prepare([tmp_path / "in"], tmp_path / f"s{n}", tokenizer, threads=n).sha256 for n in (1, 2, 5)}
-    assert len(hashes) == 1
+def test_a_flipped_byte_is_found_and_named(store, tmp_path):
+    names = [path.name for path in sorted(store.iterdir()) if path.name != "prepared.json" and path.stat().st_size]
+    assert len(names) > 12
+    shutil.copytree(store, tmp_path / "copy")
+    verify(tmp_path / "copy")
+    for name in names:
+        path = tmp_path / "copy" / name
+        whole = path.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=re.escape(name)):
+                verify(tmp_path / "copy")
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataError, match=re.escape(name)):
+            verify(tmp_path / "copy")
+        path.write_bytes(whole)
+    verify(tmp_path / "copy")
 
 
-def test_copies_of_a_document_are_held_out_together(tmp_path, tokenizer):
-    write_inputs(tmp_path / "in")
-    prepare([tmp_path / "in"], tmp_path / "store", tokenizer, validation_fraction=0.3)
-    sides = {}
-    for split in ("train", "validation"):
-        tokens = TokenStore(tmp_path / "store", split)
-        assert tokens.num_tokens
-        for index, shard in enumerate(tokens.shards):
-            for number in range(shard.num_documents):
-                sides.setdefault(tokens.document(index, number).tobytes(), set()).add(split)
-    assert all(len(found) == 1 for found in sides.values())
+def test_verify_names_the_first_bad_shard_in_one_line(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    for number in (3, 1, 2):
+        path = tmp_path / "copy" / f"train-{number:06d}.tokens"
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    done = tinyllama("data", "verify", tmp_path / "copy", check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "train-000001.tokens" in line
+    (tmp_path / "copy" / "train-000000.tokens").unlink()
+    assert "train-000000.tokens is missing" in tinyllama("data", "verify", tmp_path / "copy", check=False).stderr
 
 
-def test_an_interrupted_preparation_continues_to_the_same_bytes(tmp_path, tokenizer):
-    inputs = write_inputs(tmp_path / "in")
-    whole = prepare([tmp_path / "in"], tmp_path / "whole", tokenizer)
-
-    class Interrupt(Exception):
-        pass
-
-    for calls in range(1, len(inputs)):
-        count = 0
-
-        def stop(_bytes, _tokens, limit=calls):
-            nonlocal count
-            count += 1
-            if count > limit:
-                raise Interrupt
-
-        with pytest.raises(Interrupt):
-            prepare([tmp_path / "in"], tmp_path / "part", tokenizer, progress=stop)
-        with pytest.raises(DataError, match="not a token store"):
-            read_manifest(tmp_path / "part")
-    assert prepare([tmp_path / "in"], tmp_path / "part", tokenizer).sha256 == whole.sha256
-
-
-def test_a_flipped_byte_is_found_and_named(stores, tmp_path):
-    for name in sorted(p.name for p in (stores / "prose").iterdir() if p.suffix in (".tokens", ".documents")):
-        if not (stores / "prose" / name).stat().st_size:
-            continue
-        copy = tmp_path / name
-        shutil.copytree(stores / "prose", copy)
-        data = bytearray((copy / name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (copy / name).write_bytes(data)
-        done = tinyllama("data", "verify", copy, check=False)
-        assert done.returncode == 2
-        assert name in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+def test_a_shard_of_another_size_or_none_is_refused_before_anything_is_read(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    path = tmp_path / "copy" / "train-000002.tokens"
+    path.write_bytes(path.read_bytes()[:-2])
+    opened = TokenStore(tmp_path / "copy")
+    with pytest.raises(DataError, match=r"train-000002\.tokens has 40,020 bytes, the manifest says 40,022"):
+        opened.check_sizes()
+    with pytest.raises(DataError, match=r"train-000002\.tokens"):
+        opened.read(0, opened.num_tokens)
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-000002\.tokens is missing"):
+        opened.check_sizes()
+    arguments = ["train", "--data", tmp_path, "--output", tmp_path / "run", "--recipe", "demo"]
+    arguments += ["--set", 'data.sources=[{"name": "copy", "weight": 1}]', "--set", "model.vocab_size=600"]
+    arguments += ["--set", "data.max_epochs=1000"]
+    done = tinyllama(*arguments, check=False)
+    assert done.returncode == 2
+    assert "train-000002.tokens is missing" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("content", "words"),
     [
-        ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2"),
-        ("b.jsonl", b'{"title": "x"}\n', "no text or content"),
-        ("c.jsonl", b'{"text": "\xff"}\n', "c.jsonl:1"),
-        ("d.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:40], "d.jsonl.gz"),
-        ("e.jsonl.zst", b"not zstandard", "e.jsonl.zst"),
-        ("f.parquet", b"not parquet", "f.parquet"),
-        ("g.txt", b"\xff\xfe\xff", "g.txt"),
+        ("{", "is not JSON"),
+        ('{"format": "other"}', "is not of format"),
+        ('{"format": "tinyllama-token-store", "version": 1}', "version 2"),
+        ('{"format": "tinyllama-token-store", "version": 2}', "lacks a field"),
     ],
 )
-def test_broken_input_is_one_clear_line_and_leaves_no_store(tmp_path, tokenizer_model, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    arguments = ["data", "prepare", tmp_path / name, "--output", tmp_path / "store", "--tokenizer", tokenizer_model]
-    done = tinyllama(*arguments, check=False)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1
-    assert words in errors[0]
-    assert not (tmp_path / "store").exists()
+def test_foreign_manifests_are_refused(tmp_path, content, words):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_manifest(tmp_path)
 
 
-def test_every_number_of_ranks_reads_the_same_batches(stores):
-    sources = [Source("prose", stores / "prose", 0.7), Source("code", stores / "code", 0.3)]
-    from train.plan import BatchPlan
+@pytest.mark.parametrize("field", ["tokenizer_sha256", "separator_policy", "separator_id"])
+def test_stores_that_do_not_belong_together_are_refused(stores, tmp_path, field):
+    shutil.copytree(stores / "code", tmp_path / "code")
+    other = dataclasses.replace(read_manifest(stores / "code"), **{field: 2 if field == "separator_id" else "other"})
+    (tmp_path / "code" / "manifest.json").write_text(other.to_json())
+    with pytest.raises(DataError, match=field):
+        Mixture([Source("prose", stores / "prose", 1), Source("code", tmp_path / "code", 1)], 64, 0)
 
-    steps = {}
-    for ranks in (1, 2, 3, 6):
-        for micro in (1, 2):
-            plan = BatchPlan(micro, 12 // (ranks * micro), ranks, 32)
-            mixture = Mixture(sources, 32, seed=5)  # opened anew, as after a resume
-            rows = {}
-            for rank in range(ranks):
-                for micro_step in range(plan.accumulation):
-                    samples = plan.samples(7, rank, micro_step)
-                    ids, targets = mixture.fetch(samples)
-                    rows.update({s: (i.tobytes(), t.tobytes()) for s, i, t in zip(samples, ids, targets, strict=True)})
-            assert sorted(rows) == list(range(84, 96))
-            steps[ranks, micro] = rows
-    first = steps[1, 1]
-    assert all(rows == first for rows in steps.values())
+
+def test_repetition_beyond_the_cap_is_refused(stores):
+    mixture = Mixture([Source("prose", stores / "prose", 0.7), Source("code", stores / "code", 0.3)], 64, 0)
+    windows = mixture.order.windows
+    samples = int(4 * windows[0] / 0.7)
+    mixture.check_epochs(samples - 10, 4.0)
+    with pytest.raises(ConfigError, match=r"'prose' would be repeated 4.*Muennighoff"):
+        mixture.check_epochs(samples + 10, 4.0)
 
 
 def test_held_out_windows_cover_every_target_once(stores):
@@ -187,19 +184,73 @@ def test_held_out_windows_cover_every_target_once(stores):
     assert ids.shape == targets.shape == (held_out.num_windows + 2, 64)
 
 
-def test_mixed_tokenizers_are_refused(stores, tmp_path):
-    shutil.copytree(stores / "code", tmp_path / "code")
-    manifest = json.loads((tmp_path / "code" / "manifest.json").read_text())
-    manifest["tokenizer_sha256"] = "0" * 64
-    (tmp_path / "code" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="tokenizer_sha256"):
-        Mixture([Source("prose", stores / "prose", 1), Source("code", tmp_path / "code", 1)], 64, 0)
+def test_document_layout():
+    ids = np.array([[7, 8, 1, 9, 9, 1], [1, 7, 7, 7, 7, 7], [7, 7, 7, 7, 7, 7]])
+    documents, positions = document_layout(ids, 1)
+    assert documents.tolist() == [[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
 
 
-def test_inspect_shows_what_is_there(stores):
-    found = json.loads(tinyllama("data", "inspect", stores / "code", "--json").stdout)
+def virtual_store(folder: Path, tokens: int) -> Path:
+    """A store of sparse files: as many tokens as one likes, and no disk."""
+    folder.mkdir(parents=True)
+    manifest = Manifest(
+        dtype="<u2",
+        tokenizer_sha256="0" * 64,
+        vocab_size=32000,
+        separator_policy=SEPARATOR_POLICY,
+        separator_id=1,
+        validation_fraction=0.0,
+        seed=0,
+        shard_tokens=1 << 36,  # large, so that the test does not make thousands of files; see benchmarks for those
+        splits={"train": SplitCounts(tokens, 1, 1), "validation": SplitCounts(0, 0, 0)},
+        inputs={},
+        lists=dict.fromkeys(LISTS, ""),
+    )
+    for index in range(manifest.num_shards("train")):
+        with open(folder / f"{shard_name('train', index)}.tokens", "wb") as stream:
+            stream.truncate(2 * min(manifest.shard_tokens, tokens - index * manifest.shard_tokens))
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.mark.parametrize("exponent", [7, 9, 11, 13])
+def test_opening_and_seeking_cost_the_same_at_any_size(tmp_path, exponent):
+    """Fault 8: TinyLlama replayed every batch. Here sample 10**9 is a seek: below 1 s and 100 MB, whatever the size."""
+    path = virtual_store(tmp_path / "virtual", 10**exponent)
+    program = (
+        "import time; begin = time.perf_counter();"
+        "from tinyllama.data.loader import Mixture, Source; from pathlib import Path;"
+        f"mixture = Mixture([Source('a', Path({str(path)!r}), 1.0)], 2048, 1);"
+        "ids, targets = mixture.fetch(range(10**9, 10**9 + 8)); assert ids.shape == (8, 2048);"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'));"
+        "print(time.perf_counter() - begin, int(peak.split()[1]) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 1
+    assert megabytes < 100
+
+
+def test_inspect_shows_what_is_there(store, tokenizer_model, tmp_path):
+    found = json.loads(
+        tinyllama("data", "inspect", store, "--json", "--samples", "5", "--tokenizer", tokenizer_model).stdout
+    )
     assert found["splits"]["train"]["documents"] == found["separators"]
     assert sum(row["documents"] for row in found["lengths"]) == found["separators"]
-    assert len(found["samples"]) == 3
-    assert "import" in "".join(sample["text"] for sample in found["samples"])
-    assert "Documents of" in tinyllama("data", "inspect", stores / "code").stdout
+    assert found["special_tokens"]["bos"] == {"id": 1, "count": found["separators"], "longest_run": 1}
+    assert found["special_tokens"]["eos"]["count"] == found["special_tokens"]["unk"]["count"] == 0
+    assert found["special_tokens"]["bytes"]["count"] > 0
+    tokenizer, opened = Tokenizer.load(tokenizer_model), TokenStore(store)
+    documents = list(opened.documents())
+    assert len(found["samples"]) == 5
+    for sample in found["samples"]:
+        ids = documents[sample["document"]]
+        assert sample["tokens"] == len(ids)
+        assert sample["text"] == tokenizer.decode(ids[1:121].tolist())
+    shown = tinyllama("data", "inspect", store, "--tokenizer", tokenizer_model).stdout
+    assert "Documents of" in shown
+    assert "longest run 1" in shown
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    done = tinyllama("data", "inspect", store, "--tokenizer", tmp_path / "tokenizer.model", check=False)
+    assert done.returncode == 2

@@ -161,3 +161,26 @@ def test_hugging_face_directory_loads_and_wrong_ones_are_refused(model, ids, tmp
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="corrupt"):
         load_model(tmp_path)
+
+
+def test_masked_documents_are_as_if_alone(model):
+    """Packed into one row with their own positions, documents give the logits that each gives alone."""
+    from tinyllama.data.loader import document_layout
+
+    generator = torch.Generator().manual_seed(4)
+    lengths, separator = (17, 1, 40, 42), 1
+    parts = [torch.randint(2, TINY.vocab_size, (n,), generator=generator) for n in lengths]
+    for part in parts[1:]:
+        part[0] = separator  # the first document began before the row
+    row = torch.cat(parts)[None]
+    documents, positions = (torch.from_numpy(a) for a in document_layout(row.numpy(), separator))
+    with torch.no_grad():
+        packed = model(row, documents=documents, positions=positions)
+        plain = model(row)
+        start = 0
+        for part in parts:
+            alone = model(part[None])
+            torch.testing.assert_close(packed[:, start : start + len(part)], alone, rtol=1e-4, atol=1e-5)
+            if start:
+                assert not torch.allclose(plain[:, start : start + len(part)], alone, atol=1e-3)
+            start += len(part)

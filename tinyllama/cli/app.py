@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from tinyllama import __version__
-from tinyllama.errors import UserError
+from tinyllama.errors import MissingExtraError, UserError
 
 COMMANDS = {
     "train": ("train.cli", "train_command"),
@@ -26,6 +26,14 @@ COMMANDS = {
 GROUPS = {
     "tokenizer": ("tinyllama.tokenizer.cli", "app", "Train a tokenizer; export it for Hugging Face."),
     "data": ("tinyllama.cli.data", "app", "Tokenize text into stores that can be verified; look into them."),
+}
+# What a missing package is part of; import names.
+EXTRAS = {
+    "data": ("numpy", "sentencepiece", "pyarrow", "zstandard", "orjson", "fsspec", "datatrove"),
+    "model": ("torch", "safetensors", "transformers", "tokenizers"),
+    "train": ("deepspeed", "psutil"),
+    "eval": ("lm_eval",),
+    "serve": ("vllm", "openai"),
 }
 EXAMPLES = """[bold]From text to tokens per second[/]
 
@@ -89,6 +97,12 @@ def main() -> None:
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        for extra, names in EXTRAS.items():
+            if (error.name or "").partition(".")[0] in names:
+                print_error(str(MissingExtraError(str(error.name), extra)))
+                sys.exit(2)
+        raise
     except KeyboardInterrupt:
         print_error("interrupted; what was finished is kept, run the same command again to continue")
         sys.exit(130)

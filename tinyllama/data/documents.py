@@ -1,7 +1,8 @@
 """Input files to documents: JSON lines (plain, gzip, zstandard), parquet, and text files.
 
-A document is one record of a `.jsonl` or parquet file (its `text` or `content` column), or one whole text file. Every
-failure is a `DataError` that names the file and the line. Knows nothing of tokens.
+A document is one record of a `.jsonl` or parquet file (its `text` or `content` column), or one whole text file. Nothing
+is dropped unsaid: a record that cannot be used is a `DataError` that names the file and the line, or, where `Rules` say
+so, is listed with its reason. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -10,132 +11,281 @@ import dataclasses
 import gzip
 import io
 import json
-import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
-from tinyllama.errors import DataError
+from tinyllama.data.inputs import SUFFIXES, HashedStream, InputFile
+from tinyllama.errors import DataError, nearest
 
 TEXT_FIELDS = ("text", "content")
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+MAX_DOCUMENT_BYTES = 16 << 20
+PRESETS = Path(__file__).parent / "presets"
+READ_BYTES = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
-class InputFile:
-    """One input file. `name` is its path relative to the input it was found under: stable from machine to machine."""
+class Rules:
+    """Which documents of an input count.
 
-    path: Path
-    name: str
-
-    @property
-    def kind(self) -> str:
-        """ "lines", "parquet" or "text"."""
-        lower = self.path.name.lower()
-        if lower.endswith(LINE_SUFFIXES):
-            return "lines"
-        return "parquet" if lower.endswith(".parquet") else "text"
-
-
-def find_inputs(inputs: Iterable[str | os.PathLike[str]]) -> list[InputFile]:
-    """The files behind paths and folders, in an order that does not depend on the directory listing.
-
-    A folder contributes its readable kinds, recursively; a file named directly is taken whatever its suffix.
+    text_field: the field that holds the text; None takes the first of `text` and `content`. exclude: documents whose
+    field (dotted for nested ones) has one of these values do not count. skip_bad: list what is broken or too large
+    instead of refusing the file. max_document_bytes: longer texts are always listed as skipped; bounds the memory.
     """
-    found: list[InputFile] = []
-    known = (*LINE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
-    for given in inputs:
-        root = Path(given)
-        if root.is_dir():
-            files = [p for p in root.rglob("*") if p.is_file() and p.name.lower().endswith(known)]
-            if not files:
-                raise DataError(f"{root} holds no input files", fix=f"expected one of: {', '.join(known)}")
-            found += sorted((InputFile(p, p.relative_to(root).as_posix()) for p in files), key=lambda f: f.name)
-        elif root.exists():
-            found.append(InputFile(root, root.name))
-        else:
-            raise DataError(f"input {root} does not exist", fix="give files or folders of .jsonl, .parquet or text")
-    if not found:
-        raise DataError("no input files given", fix="give files or folders of .jsonl, .parquet or text")
-    return found
+
+    text_field: str | None = None
+    exclude: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    skip_bad: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
-    name = path.name.lower()
-    try:
-        if name.endswith(".gz"):
-            return cast(IO[bytes], gzip.open(path, "rb"))
-        if name.endswith(".zst"):
-            import zstandard
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A well-known data set: where it is, which files, and its rules."""
 
-            # read_across_frames: concatenated frames, as parallel compressors write them, are one stream.
-            return io.BufferedReader(
-                zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-            )
-        return open(path, "rb")
-    except PermissionError:
-        raise DataError(f"{path} is not readable", fix="grant read permission") from None
+    name: str
+    title: str
+    address: str
+    suffixes: tuple[str, ...]
+    text_field: str
+    exclude: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def _text_of(record: object, where: str) -> str:
-    if isinstance(record, dict):
-        for field in TEXT_FIELDS:
-            if isinstance(record.get(field), str):
-                return record[field]
-    raise DataError(f"{where} has no {' or '.join(TEXT_FIELDS)} string", fix="give records with one of these fields")
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def _read_lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with _open_bytes(path) as stream:
-            for line in stream:
-                number += 1
-                if line.strip():
-                    yield _text_of(json.loads(line), f"{path}:{number}")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}:{number} is not valid JSON in UTF-8 ({error})", fix="repair or remove the line"
-        ) from None
-    except (EOFError, OSError, ValueError) as error:
-        raise DataError(f"{path} breaks off after line {number} ({error})", fix="fetch the file again") from None
-    except Exception as error:
-        if type(error).__module__.startswith("zstandard") or type(error).__name__ == "ZstdError":
-            raise DataError(f"{path} breaks off after line {number} ({error})", fix="fetch the file again") from None
-        raise
+def read_preset(name: str | None) -> Preset:
+    """A preset by name; None gives the rules for anything. DataError names the nearest for an unknown one."""
+    if name is None:
+        return Preset("", "", "", SUFFIXES, "", ())
+    if name not in preset_names():
+        raise DataError(f"preset {name!r} does not exist", fix=nearest(name, preset_names()))
+    raw = json.loads((PRESETS / f"{name}.json").read_text())
+    exclude = tuple((field, tuple(values)) for field, values in raw["exclude"].items())
+    return Preset(name, raw["title"], raw["address"], tuple(raw["suffixes"]), raw["text_field"], exclude)
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        fields = [f for f in TEXT_FIELDS if f in table.schema_arrow.names]
-        if not fields:
-            raise DataError(
-                f"{path} has columns {', '.join(table.schema_arrow.names)}", fix=f"one of {TEXT_FIELDS} is needed"
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=fields[:1]):
-            for text in batch.column(0).to_pylist():
-                if text:
-                    yield text
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({error})", fix="fetch the file again") from None
+class _Bad(Exception):
+    """One record that cannot be used, and why."""
 
 
-def read_documents(file: InputFile) -> Iterator[str]:
-    """Every document of one input file, in the file's order."""
-    if file.kind == "lines":
-        yield from _read_lines(file.path)
-    elif file.kind == "parquet":
-        yield from _read_parquet(file.path)
-    else:
+class Reader:
+    """Iterates the documents of one input file, and keeps account of everything that it does not give.
+
+    After the iteration: num_records, excluded (count by reason), skipped [(record number, reason)], sha256 of the file.
+    `bytes_read` of `file.size_bytes` says how far it is.
+    """
+
+    def __init__(self, file: InputFile, rules: Rules | None = None) -> None:
+        self.file = file
+        self.rules = rules or Rules()
+        self.num_records = 0
+        self.excluded: Counter[str] = Counter()
+        self.skipped: list[tuple[int, str]] = []
+        self.sha256 = ""
+        self.bytes_read = 0
+
+    def __iter__(self) -> Iterator[str]:
+        records = {"lines": self._lines, "parquet": self._parquet, "text": self._whole}[self.file.kind]()
+        for where, record in records:
+            number, self.num_records = self.num_records, self.num_records + 1
+            try:
+                text = self._text(record)
+            except _Bad as error:
+                if not self.rules.skip_bad:
+                    fix = "repair or remove it, or give --bad-records skip"
+                    raise DataError(f"{where} {error}", fix=fix) from None
+                self.skipped.append((number, str(error)))
+                continue
+            if text is None:
+                continue
+            if not text:
+                self.skipped.append((number, "empty"))
+            elif len(text) * 4 > self.rules.max_document_bytes and (
+                (size := len(text.encode())) > self.rules.max_document_bytes
+            ):
+                self.skipped.append((number, f"longer than {self.rules.max_document_bytes:,} bytes ({size:,})"))
+            else:
+                yield text
+        self.bytes_read = self.file.size_bytes
+
+    def _text(self, record: Any) -> str | None:
+        """The text of one record; None if it is excluded. _Bad if there is none."""
+        if isinstance(record, _Bad):
+            raise record
+        if isinstance(record, str):
+            return _checked(record)
+        if not isinstance(record, dict):
+            raise _Bad("is not a JSON object")
+        for field, values in self.rules.exclude:
+            found = record
+            for key in field.split("."):
+                if not isinstance(found, dict) or key not in found:
+                    raise _Bad(f"has no field {field}, by which documents are excluded")
+                found = found[key]
+            if str(found) in values:
+                self.excluded[f"{field}={found}"] += 1
+                return None
+        for name in (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS:
+            if isinstance(record.get(name), str):
+                return _checked(record[name])
+        fields = self.rules.text_field or " or ".join(TEXT_FIELDS)
+        raise _Bad(f"has no {fields} string")
+
+    # -- The three kinds of file: (where, record) pairs --------------------------------------------------------------
+
+    def _lines(self) -> Iterator[tuple[str, Any]]:
+        name, number = self.file.address, 0
+        raw = HashedStream(self.file.open())
+        longest = 6 * self.rules.max_document_bytes + (1 << 16)  # JSON writes a character in at most six bytes
         try:
-            # newline="": a document's line ends are its own; translating them would change the text.
-            yield file.path.read_bytes().decode("utf-8")
+            with _decompressed(self.file.name.lower(), raw) as stream:
+                while line := stream.readline(longest):
+                    number += 1
+                    self.bytes_read = raw.num_bytes
+                    if len(line) == longest and not line.endswith(b"\n"):
+                        while (rest := stream.readline(longest)) and not rest.endswith(b"\n"):
+                            pass
+                        yield f"{name}:{number}", _Bad(f"is longer than {longest:,} bytes")
+                    elif line.strip():
+                        yield f"{name}:{number}", _parsed(line)
+                self.sha256 = raw.finish()
+        except (EOFError, OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError | PermissionError):
+                raise
+            raise DataError(f"{name} breaks off after line {number} ({error})", fix="fetch the file again") from None
+        except Exception as error:
+            if type(error).__name__ == "ZstdError" or type(error).__module__ == "zlib":
+                raise DataError(
+                    f"{name} breaks off after line {number} ({error})", fix="fetch the file again"
+                ) from None
+            raise
+
+    def _parquet(self) -> Iterator[tuple[str, Any]]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name, rules = self.file.address, self.rules
+        with tempfile.TemporaryDirectory(prefix="tinyllama-parquet-") as scratch:
+            path = name
+            raw = HashedStream(self.file.open())
+            if not self.file.is_local:
+                # Parquet is read back and forth: from a local copy, as long as this file is being read.
+                path = str(Path(scratch) / "input.parquet")
+                with open(path, "wb") as copy:
+                    while data := raw.read(1 << 20):
+                        copy.write(data)
+            self.sha256 = raw.finish()
+            try:
+                # A buffer instead of whole column chunks keeps the memory small.
+                table = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+                names = table.schema_arrow.names
+                fields = [f for f in ((rules.text_field,) if rules.text_field else TEXT_FIELDS) if f in names][:1]
+                if not fields:
+                    wanted = rules.text_field or " or ".join(TEXT_FIELDS)
+                    raise DataError(f"{name} has columns {', '.join(names)}", fix=f"{wanted} is needed")
+                rows, total = 0, max(1, table.metadata.num_rows)
+                columns = [*fields, *(field for field, _ in rules.exclude)]
+                for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
+                    values = batch.column(0).to_pylist() if not rules.exclude else batch.to_pylist()
+                    for value in values:
+                        rows += 1
+                        yield f"{name}, row {rows},", {fields[0]: value} if not rules.exclude else value
+                    self.bytes_read = self.file.size_bytes * rows // total
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                first = str(error).splitlines()[0]
+                raise DataError(f"{name} is not a readable parquet file ({first})", fix="fetch it again") from None
+
+    def _whole(self) -> Iterator[tuple[str, Any]]:
+        raw = HashedStream(self.file.open())
+        if self.file.size_bytes > 4 * self.rules.max_document_bytes:
+            self.sha256 = raw.finish()
+            yield self.file.address, _Bad(f"is longer than {self.rules.max_document_bytes:,} bytes")
+            return
+        data = raw.readall()
+        self.sha256 = raw.finish()
+        try:
+            # No newline translation: a document's line ends are its own.
+            yield self.file.address, data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{file.path} is not UTF-8 ({error})", fix="convert it or leave it out") from None
-        except PermissionError:
-            raise DataError(f"{file.path} is not readable", fix="grant read permission") from None
+            yield self.file.address, _Bad(f"is not UTF-8 ({error})")
+
+
+def _decompressed(name: str, raw: HashedStream) -> IO[bytes]:
+    buffered = io.BufferedReader(raw, READ_BYTES)
+    if name.endswith(".gz"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
+    if name.endswith(".zst"):
+        return cast(IO[bytes], io.BufferedReader(_ZstandardStream(buffered), READ_BYTES))
+    return cast(IO[bytes], buffered)
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Decompresses one frame after another, as parallel compressors write them.
+
+    The library's own stream reader takes a file that breaks off for one that ends. This one raises EOFError.
+    """
+
+    SLICE_BYTES = 1 << 13  # compressed bytes at a time, so that what comes out stays small
+
+    def __init__(self, source: IO[bytes]) -> None:
+        import zstandard
+
+        self._source = source
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._compressed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._source.read(self.SLICE_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the last zstandard frame is not complete")
+                return 0
+            if self._frame is None:
+                self._frame = self._new_frame()
+            self._ready = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _parsed(line: bytes) -> Any:
+    """One line of JSON, or what is wrong with it."""
+    import orjson
+
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as strict:
+        try:
+            return json.loads(line)  # NaN, which Python writes, and lone surrogates, which are named later
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return _Bad(f"is not valid JSON in UTF-8 ({strict})")
+
+
+def _checked(text: str) -> str:
+    """The text, if it can be written in UTF-8: JSON's escapes can say half of a surrogate pair, UTF-8 cannot."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Bad(f"has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}") from None
+    return text
+
+
+def read_documents(file: InputFile, rules: Rules | None = None) -> Iterator[str]:
+    """Every document of one input file, in the file's order."""
+    return iter(Reader(file, rules))

@@ -1,4 +1,4 @@
-"""What a person wants to know of a token store: counts, lengths, separators, decoded samples."""
+"""What a person wants to know of a token store: counts, lengths, special tokens, decoded samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.store import SPLITS, TokenStore
+import numpy as np
+
+from tinyllama.data.store import CHUNK_TOKENS, SPLITS, TokenStore
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -15,48 +17,78 @@ SAMPLE_TOKENS = 120
 
 def unigram_entropy(directory: str | os.PathLike[str], split: str = "validation") -> float:
     """Entropy of the split's token frequencies, in nats: the loss of a model that knows frequencies and no context."""
-    import numpy as np
-
-    store = TokenStore(directory, split)
-    counts = np.zeros(store.manifest.vocab_size, dtype=np.int64)
-    for start in range(0, store.num_tokens, 1 << 24):
-        piece = store.read(start, min(1 << 24, store.num_tokens - start))
-        counts += np.bincount(piece, minlength=len(counts))
+    counts, _ = _count(TokenStore(directory, split), 0)
     shares = counts[counts > 0] / max(1, counts.sum())
     return float(-(shares * np.log(shares)).sum())
 
 
-def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples: int) -> dict[str, Any]:
-    """Counts for each split, a histogram of document lengths by powers of two, and `samples` decoded documents."""
-    import numpy as np
+def _count(store: TokenStore, special: int) -> tuple[np.ndarray, list[int]]:
+    """How often each id occurs, and the longest run of each of the first `special` ids. Reads the split in pieces."""
+    counts = np.zeros(store.manifest.vocab_size, dtype=np.int64)
+    longest, current = [0] * special, [0] * special
+    for start in range(0, store.num_tokens, CHUNK_TOKENS):
+        piece = store.read(start, min(CHUNK_TOKENS, store.num_tokens - start))
+        counts += np.bincount(piece, minlength=len(counts))
+        for token in range(special):
+            # Borders of runs, with the run that reaches over from the piece before.
+            edges = np.flatnonzero(np.diff(np.concatenate(([0], (piece == token).view(np.int8), [0]))))
+            lengths = edges[1::2] - edges[::2]
+            if len(lengths) and edges[0] == 0:
+                lengths[0] += current[token]
+            longest[token] = max([longest[token], *lengths[-1:].tolist(), int(lengths.max(initial=0))])
+            current[token] = int(lengths[-1]) if len(lengths) and edges[-1] == len(piece) else 0
+    return counts, longest
 
+
+def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples: int) -> dict[str, Any]:
+    """Counts for each split, document lengths by powers of two, special tokens, and `samples` decoded documents.
+
+    Special tokens are the ids below the tokenizer's first ordinary piece (unk, bos, eos) and, together, the byte pieces.
+    A run of separators longer than 2 would mean padding. Reads the whole training split.
+    """
     store = TokenStore(directory, "train")
     manifest = store.manifest
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
     if loaded and loaded.sha256 != manifest.tokenizer_sha256:
         raise DataError(f"tokenizer {tokenizer} did not make {directory}", fix="give the one that did: --tokenizer")
-    lengths = []
-    for index, shard in enumerate(store.shards):
-        lengths.append(np.diff(store.boundaries(index), append=np.uint64(shard.num_tokens)))
-    all_lengths = np.concatenate(lengths).astype(np.int64)
-    bins = np.bincount(np.log2(all_lengths).astype(int))
-    decoded: list[dict[str, Any]] = []
-    total = len(all_lengths)
-    for number in range(0, total, max(1, total // samples) if samples else total + 1):
-        if len(decoded) == samples:
-            break
-        index, local = 0, number
-        while local >= len(lengths[index]):
-            local -= len(lengths[index])
-            index += 1
-        ids = store.document(index, local)
-        text = loaded.decode(ids[1 : 1 + SAMPLE_TOKENS].tolist()) if loaded else "(no tokenizer.model beside the store)"
-        decoded.append({"shard": store.shards[index].name, "document": local, "tokens": len(ids), "text": text})
+    bins = np.zeros(64, dtype=np.int64)
+    wanted = set(np.linspace(0, store.num_documents - 1, min(samples, store.num_documents), dtype=int).tolist())
+    chosen: list[tuple[int, int, int]] = []
+    number, before = 0, 0
+    for index in range(manifest.num_shards("train")):
+        starts = store.starts(index).astype(np.int64) + index * store.shard_tokens
+        if not len(starts):
+            continue
+        ends = np.append(starts[1:], -1)
+        ends[-1] = _next_start(store, index)
+        bins += np.bincount(np.log2(ends - starts).astype(int), minlength=64)
+        chosen += [
+            (n, int(starts[n - number]), int(ends[n - number]))
+            for n in sorted(wanted)
+            if number <= n < number + len(starts)
+        ]
+        number, before = number + len(starts), int(ends[-1])
+    assert before in (0, store.num_tokens), "documents cover the split"
+    counts, longest = _count(store, 3)
+    decoded = []
+    for n, start, end in chosen:
+        ids = store.read(start + 1, min(SAMPLE_TOKENS, end - start - 1)).tolist()
+        text = loaded.decode(ids) if loaded else "(no tokenizer.model beside the store)"
+        decoded.append({"document": n, "tokens": end - start, "text": text})
+    special = {}
+    if loaded:
+        for name, token in (("unk", loaded.unk_id), ("bos", loaded.bos_id), ("eos", loaded.eos_id)):
+            if 0 <= token < 3:
+                special[name] = {"id": token, "count": int(counts[token]), "longest_run": longest[token]}
+        pieces = [token for token, (_, kind) in enumerate(loaded.pieces()) if kind == 6]
+        special["bytes"] = {"ids": len(pieces), "count": int(counts[pieces].sum())}
     return {
         "splits": {s: {"tokens": manifest.tokens(s), "documents": manifest.documents(s)} for s in SPLITS},
         "separator_id": manifest.separator_id,
-        "separators": total,
+        "separators": int(counts[manifest.separator_id]),
+        "special_tokens": special,
         "tokenizer_sha256": manifest.tokenizer_sha256,
+        "inputs": manifest.inputs,
         "lengths": [
             {"from": 1 << power, "to": (2 << power) - 1, "documents": int(count)}
             for power, count in enumerate(bins)
@@ -64,3 +96,12 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
         ],
         "samples": decoded,
     }
+
+
+def _next_start(store: TokenStore, index: int) -> int:
+    """Where the first document after shard `index` starts, or the split ends."""
+    for later in range(index + 1, store.manifest.num_shards(store.split)):
+        starts = store.starts(later)
+        if len(starts):
+            return later * store.shard_tokens + int(starts[0])
+    return store.num_tokens

@@ -10,14 +10,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tinyllama.data.order import Order
 from tinyllama.data.store import TokenStore
-from tinyllama.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
+from tinyllama.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # the loss's own convention: a target that does not count
 
@@ -46,6 +44,7 @@ class Mixture:
                         fix="prepare them with the same tokenizer and settings",
                     )
         self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
+        self.separator_id = first.separator_id
         self.order = Order([s.num_tokens for s in self.stores], [s.weight for s in sources], sequence_length, seed)
         self.sequence_length = sequence_length
 
@@ -55,29 +54,52 @@ class Mixture:
         parts = [(s.name, s.weight, store.manifest.sha256) for s, store in zip(self.sources, self.stores, strict=True)]
         return hashlib.sha256(repr((self.order.seed, self.sequence_length, parts)).encode()).hexdigest()
 
+    def check_sizes(self) -> None:
+        """DataError names the first shard, of any source, that is missing or has the wrong size. Reads no token."""
+        for store in self.stores:
+            store.check_sizes()
+
     def fetch(self, samples: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """ids and targets, int64, (samples, sequence_length) each; targets are already shifted by one."""
-        import numpy as np
-
-        samples = list(samples)
-        rows = np.empty((len(samples), self.sequence_length + 1), dtype=np.int64)
-        repeated = []
-        for row, index in zip(rows, samples, strict=True):
-            window = self.order(index)
-            row[:] = self.stores[window.source].read(window.start, self.sequence_length + 1)
-            repeated.append(window.repeated)
-        ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
-        for target, count in zip(targets, repeated, strict=True):
-            target[:count] = IGNORE_INDEX
+        numbers, length = list(samples), self.sequence_length
+        ids = np.empty((len(numbers), length), dtype=np.int64)
+        targets = np.empty((len(numbers), length), dtype=np.int64)
+        window = np.empty(length + 1, dtype=self.stores[0].dtype)
+        for row, (source, start, repeated) in enumerate(self.order.windows_of(numbers)):
+            self.stores[source].read_into(start, window)
+            ids[row], targets[row] = window[:-1], window[1:]
+            if repeated:
+                targets[row, :repeated] = IGNORE_INDEX
         return ids, targets
 
-    def num_targets(self, samples: Iterable[int]) -> int:
+    def num_targets(self, samples: Sequence[int]) -> int:
         """How many targets these samples have, without reading a token."""
-        return sum(self.sequence_length - self.order(index).repeated for index in samples)
+        return sum(self.sequence_length - repeated for *_, repeated in self.order.windows_of(samples))
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """The ledger: how many epochs of each source the first `num_samples` samples are."""
         return dict(zip((s.name for s in self.sources), self.order.epochs(num_samples), strict=True))
+
+    def check_epochs(self, num_samples: int, max_epochs: float) -> None:
+        """ConfigError if the first `num_samples` samples repeat a source more often than `max_epochs`."""
+        for name, epochs in self.epochs(num_samples).items():
+            if epochs > max_epochs:
+                raise ConfigError(
+                    f"source {name!r} would be repeated {epochs:.2f} times, data.max_epochs={max_epochs:g}",
+                    fix="train on fewer tokens, prepare more of it, or lower its weight (Muennighoff et al., 2023)",
+                )
+
+
+def document_layout(ids: np.ndarray, separator_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which document of its row each token belongs to, and its position in it: int64, of the shape of `ids` (B, T).
+
+    A separator begins a document, at position 0. So does a row: of a document that began before it, the row sees the
+    rest alone.
+    """
+    begins = ids == separator_id
+    index = np.arange(ids.shape[1], dtype=np.int64)
+    starts = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    return np.cumsum(begins, axis=1, dtype=np.int64), index - starts
 
 
 class HeldOut:
@@ -88,7 +110,7 @@ class HeldOut:
         self.store = TokenStore(source.directory, "validation")
         self.sequence_length = sequence_length
         total = self.store.num_tokens
-        self.bytes_of_text = self.store.manifest.bytes_of_text["validation"]
+        self.bytes_of_text = self.store.manifest.splits["validation"].bytes_of_text
         self.num_windows = -(-(total - 1) // sequence_length) if total > sequence_length else min(1, max(0, total - 1))
 
     def fetch(self, windows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +118,6 @@ class HeldOut:
 
         So every rank can run the same number of batches, whatever the length of the split.
         """
-        import numpy as np
-
         windows = list(windows)
         ids = np.zeros((len(windows), self.sequence_length), dtype=np.int64)
         targets = np.full((len(windows), self.sequence_length), IGNORE_INDEX, dtype=np.int64)

@@ -1,117 +1,23 @@
-"""Documents to a token store: tokenize on all cores, split off validation documents, write atomically.
+"""Documents to a token store: what is asked for, checked and carried out by an executor.
 
-One pair of shards comes from each input file, so that finished files are kept when a preparation is interrupted and
-the result does not depend on the number of threads. The separator stands before every document and nowhere else.
+The result depends on the inputs, the tokenizer and the settings alone: not on workers, executors, or interruptions.
+Killed at any moment and run again, only unfinished input files are tokenized again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-from tinyllama.data.documents import InputFile, find_inputs, read_documents
-from tinyllama.data.store import SEPARATOR_POLICY, SPLITS, Manifest, Shard, file_sha256, read_manifest
+from tinyllama.data.documents import Rules
+from tinyllama.data.inputs import SUFFIXES, find_inputs
+from tinyllama.data.pipeline import ClusterOptions, Totals, run_local, run_ray, submit_slurm
+from tinyllama.data.store import SHARD_TOKENS, Manifest, read_manifest
+from tinyllama.data.work import Plan, Settings, Work, read_json
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
-
-BATCH_DOCUMENTS = 512
-Progress = Callable[[int, int], None]  # bytes of text and tokens since the last call
-
-
-def is_validation(text: str, seed: int, fraction: float) -> bool:
-    """Whether a document is held out: a function of its text and the seed alone, so that copies stay on one side."""
-    digest = hashlib.blake2b(
-        text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little")
-    ).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        yield batch
-
-
-@dataclasses.dataclass
-class _ShardWriter:
-    """Writes one shard; counts what it writes."""
-
-    tokens: IO[bytes]
-    documents: IO[bytes]
-    num_tokens: int = 0
-    num_documents: int = 0
-
-    def add(self, ids: Sequence[int], separator: int, dtype: str) -> None:
-        import numpy as np
-
-        np.array([self.num_tokens], dtype="<u8").tofile(self.documents)
-        array = np.empty(len(ids) + 1, dtype=dtype)
-        array[0], array[1:] = separator, ids
-        array.tofile(self.tokens)
-        self.num_tokens += len(array)
-        self.num_documents += 1
-
-
-def _prepare_file(
-    file: InputFile, number: int, work: Path, tokenizer: Tokenizer, settings: dict[str, Any], progress: Progress | None
-) -> dict[str, Any]:
-    """Tokenize one input file into `work`; returns its record, which is also left there to mark it as finished."""
-    record_path = work / f"input-{number:05d}.json"
-    identity = {"name": file.name, "bytes": file.path.stat().st_size, "sha256": file_sha256(file.path)}
-    if record_path.exists():
-        record = json.loads(record_path.read_text())
-        if record["identity"] == identity:
-            if progress:
-                progress(sum(record["bytes_of_text"].values()), sum(s["num_tokens"] for s in record["shards"]))
-            return record
-    names = {split: f"{split}-{number:05d}" for split in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    skipped: list[dict[str, Any]] = []
-    writers = {
-        split: _ShardWriter(open(work / f"{name}.tokens", "wb"), open(work / f"{name}.documents", "wb"))
-        for split, name in names.items()
-    }
-    index = 0
-    for batch in _batches(read_documents(file)):
-        total = 0
-        for text, ids in zip(batch, tokenizer.encode_batch(batch, settings["threads"]), strict=True):
-            if not ids:
-                skipped.append({"input": file.name, "document": index, "reason": "empty"})
-            else:
-                split = "validation" if is_validation(text, settings["seed"], settings["fraction"]) else "train"
-                writers[split].add(ids, tokenizer.bos_id, settings["dtype"])
-                text_bytes[split] += len(text.encode())
-                total += len(ids) + 1
-            index += 1
-        if progress:
-            progress(sum(len(text.encode()) for text in batch), total)
-    shards = []
-    for split, writer in writers.items():
-        for stream in (writer.tokens, writer.documents):
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-        shards.append(
-            {
-                "name": names[split],
-                "split": split,
-                "num_tokens": writer.num_tokens,
-                "num_documents": writer.num_documents,
-                "sha256": file_sha256(work / f"{names[split]}.tokens"),
-                "documents_sha256": file_sha256(work / f"{names[split]}.documents"),
-            }
-        )
-    record = {"identity": identity, "shards": shards, "bytes_of_text": text_bytes, "skipped": skipped}
-    partial = record_path.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, record_path)
-    return record
 
 
 def prepare(
@@ -119,71 +25,68 @@ def prepare(
     output: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
+    rules: Rules | None = None,
+    suffixes: tuple[str, ...] = SUFFIXES,
     validation_fraction: float = 0.01,
     seed: int = 1337,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Tokenize `inputs` into the store `output`. Finished input files are kept over interruptions.
+    workers: int | None = None,
+    executor: str = "local",
+    cluster: ClusterOptions | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    plain: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Totals], None] | None = None,
+) -> Manifest | list[str]:
+    """Tokenize `inputs` into the store `output`. Returns its manifest, or with Slurm the ids of the submitted jobs.
 
-    validation_fraction: share of documents held out, chosen by their text and `seed`. Raises DataError on unreadable
-    input, and where `output` exists but is something else.
+    inputs: files, folders, or fsspec addresses. validation_fraction: share of documents held out, by their text and
+    `seed`. workers: processes, default all cores; 0 works in this process. plain: SentencePiece without the cache of
+    words. DataError on unreadable input, no space, and where `output` is something else and not to be overwritten.
     """
     target = Path(output)
-    files = find_inputs(inputs)
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction {validation_fraction}", fix="give a number from 0 to below 1")
-    settings: dict[str, Any] = {
-        "seed": seed,
-        "fraction": validation_fraction,
-        "threads": threads or os.cpu_count() or 1,
-        "dtype": "<u2" if tokenizer.vocab_size <= 65536 else "<u4",
-    }
-    if target.exists() and not (target / "manifest.json").exists() and any(target.iterdir()):
-        raise DataError(f"{target} exists and is not a token store", fix="give another --output")
-    # What decides the bytes, but for the inputs: unfinished work under other settings must not be continued.
-    key = hashlib.sha256(json.dumps([tokenizer.sha256, seed, validation_fraction]).encode()).hexdigest()[:16]
-    work = target.with_name(f"{target.name}.partial-{key}")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        records = [_prepare_file(f, n, work, tokenizer, settings, progress) for n, f in enumerate(files)]
-    except PermissionError as error:
-        raise DataError(f"cannot write {work} ({error.strerror})", fix="give a writable --output") from None
-    except OSError as error:
-        raise DataError(f"writing {work} failed ({error.strerror})", fix="free space and run the same again") from None
-    manifest = Manifest(
-        dtype=settings["dtype"],
+    if shard_tokens < 1 or (workers is not None and workers < 0):
+        raise DataError(f"shard tokens {shard_tokens}, workers {workers}", fix="give numbers above zero")
+    settings = Settings(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
-        separator_policy=SEPARATOR_POLICY,
         separator_id=tokenizer.bos_id,
         validation_fraction=validation_fraction,
         seed=seed,
-        shards=tuple(Shard(**shard) for record in records for shard in record["shards"]),
-        inputs=tuple(record["identity"] for record in records),
-        skipped=tuple(entry for record in records for entry in record["skipped"]),
-        bytes_of_text={split: sum(r["bytes_of_text"][split] for r in records) for split in SPLITS},
+        rules=rules or Rules(),
+        shard_tokens=shard_tokens,
     )
-    if not manifest.tokens("train"):
-        shutil.rmtree(work)
-        raise DataError("the inputs hold no training documents", fix="give more text or a smaller validation fraction")
-    _publish(work, target, manifest)
-    return manifest
-
-
-def _publish(work: Path, target: Path, manifest: Manifest) -> None:
-    """Make the finished folder the store: manifest last, then one rename; an older store of that name goes."""
-    for record in work.glob("input-*.json"):
-        record.unlink()
-    (work / "manifest.partial").write_text(manifest.to_json())
-    os.replace(work / "manifest.partial", work / "manifest.json")
+    plan = Plan(settings, tuple(find_inputs(inputs, suffixes)))
+    work = Work(target.with_name(f"{target.name}.partial"), plan)
     if target.exists():
-        old = target.with_name(f"{target.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if (target / "manifest.json").exists():
-            read_manifest(target)  # never remove what is not a store of ours
-        os.replace(target, old)
-        os.replace(work, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(work, target)
+        is_store = (target / "manifest.json").exists()
+        if is_store and (read_json(target / "prepared.json") or {}).get("plan") == plan.key:
+            shutil.rmtree(work.folder, ignore_errors=True)
+            return read_manifest(target)
+        if not is_store and (not target.is_dir() or any(target.iterdir())):
+            raise DataError(f"{target} exists and is not a token store", fix="give another --output")
+        if is_store and not overwrite:
+            raise DataError(
+                f"{target} is a store of other inputs or settings", fix="give another --output, or --overwrite"
+            )
+    try:
+        with work.lock():
+            work.begin()
+            shutil.copyfile(tokenizer.path, work.folder / "tokenizer.model")
+            if executor == "slurm":
+                return submit_slurm(work, target, cluster or ClusterOptions(), plain)
+            if executor == "ray":
+                run_ray(work, target, cluster or ClusterOptions(), plain)
+            elif executor == "local":
+                run_local(work, target, os.cpu_count() or 1 if workers is None else workers, plain, progress)
+            else:
+                raise DataError(f"executor {executor!r}", fix="give local, slurm or ray")
+    except PermissionError as error:
+        raise DataError(f"cannot write {error.filename} ({error.strerror})", fix="give a writable --output") from None
+    except OSError as error:
+        raise DataError(
+            f"writing {error.filename or work.folder} failed ({error.strerror or error})",
+            fix="free space and run the same command again; finished files are kept",
+        ) from None
+    return read_manifest(target)

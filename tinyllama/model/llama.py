@@ -66,6 +66,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """The attention mask of packed documents: (B, T) document numbers to (B, 1, T, T), causal inside each document."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return ((documents[:, :, None] == documents[:, None, :]) & causal).unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -195,6 +202,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        documents: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -202,9 +210,12 @@ class Llama(nn.Module):
 
         ids: (B, T) int64. targets: (B, T) int64, already shifted, IGNORE_INDEX where there is no loss.
         positions: (B, T) or (1, T); default 0..T-1, after the cache's length. mask: boolean, broadcastable to
-        (B, H, T, S), True where attention is allowed; default causal. last_only: logits of the last position alone.
+        (B, H, T, S), True where attention is allowed; default causal. documents: (B, T), the number of each token's
+        document; attention then stays inside a document. last_only: logits of the last position alone.
         Returns (B, T, V) logits, or the scalar fp32 SUM of cross-entropy over the targets (divide by their count).
         """
+        if documents is not None:
+            mask = document_mask(documents)
         hidden = self.model(ids, positions, mask, cache)  # (B, T, C)
         if targets is None:
             return self.lm_head(hidden[:, -1:] if last_only else hidden)

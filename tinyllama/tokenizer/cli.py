@@ -42,11 +42,11 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    from tinyllama.data.documents import find_inputs
+    from tinyllama.data.inputs import find_inputs
     from tinyllama.tokenizer.train import INPUT_LINES
     from tinyllama.tokenizer.train import train as run
 
-    total = sum(file.path.stat().st_size for file in find_inputs(inputs))
+    total = sum(file.size_bytes for file in find_inputs(inputs))
     columns = ("{task.description}", BarColumn(), DownloadColumn(), "ETA", TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading", total=total)

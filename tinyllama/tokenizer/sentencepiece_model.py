@@ -61,7 +61,7 @@ class Tokenizer:
     def _proto(self) -> Any:
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(self._model)
         return proto
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.documents import find_inputs, read_documents
+from tinyllama.data.documents import read_documents
+from tinyllama.data.inputs import find_inputs
 from tinyllama.errors import DataError, MissingExtraError, UserError
 
 LLAMA_SETTINGS: dict[str, Any] = {
@@ -136,7 +137,7 @@ def train(
         for file in files:
             for text in read_documents(file):
                 seen += 1
-                size_bytes = len(check_encodable(text, f"{file.path}, document {seen},"))
+                size_bytes = len(check_encodable(text, f"{file.address}, document {seen},"))
                 if progress:
                     progress(size_bytes)
                 yield text

@@ -1,0 +1,255 @@
+"""Input files to documents: every kind, every way to be broken, and nothing left out unsaid."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from tinyllama.data.documents import Reader, Rules, preset_names, read_documents, read_preset
+from tinyllama.data.inputs import find_inputs
+from tinyllama.data.store import file_sha256
+from tinyllama.errors import DataError
+
+TEXTS = ["def f(x):\n    return x\n", "Grüße, 世界! 🙂", " leading space", "a", "line\r\nbreaks\n\n\n", "0\0zero"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+FRAMES = zstandard.compress(LINES[:50]) + zstandard.compress(LINES[50:])
+
+
+def read(path: Path, **rules) -> tuple[list[str], Reader]:
+    reader = Reader(find_inputs([path])[0], Rules(**rules))
+    return list(reader), reader
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("no-newline-at-the-end.jsonl", LINES.rstrip(b"\n")),
+        ("blank-lines.jsonl", LINES.replace(b"\n", b"\n\n\r\n")),
+        ("b.jsonl.gz", gzip.compress(LINES)),
+        ("c.jsonl.zst", zstandard.compress(LINES)),
+        ("frames.jsonl.zst", FRAMES),
+    ],
+)
+def test_lines(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    texts, reader = read(path)
+    assert texts == TEXTS
+    assert reader.num_records == len(TEXTS)
+    assert reader.sha256 == file_sha256(path)
+    assert reader.bytes_read == path.stat().st_size
+
+
+@pytest.mark.parametrize("column", ["content", "text"])
+def test_parquet(tmp_path, column):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"other": range(len(TEXTS)), column: TEXTS}), path, row_group_size=2)
+    texts, reader = read(path)
+    assert texts == TEXTS
+    assert reader.sha256 == file_sha256(path)
+
+
+def test_text(tmp_path):
+    (tmp_path / "e.txt").write_bytes(TEXTS[4].encode())
+    assert read(tmp_path / "e.txt")[0] == [TEXTS[4]]
+
+
+def test_order_of_files_does_not_depend_on_the_directory(tmp_path):
+    for name in ("b/2.jsonl", "a/9.jsonl", "10.jsonl", "9.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(LINES)
+    assert [f.name for f in find_inputs([tmp_path])] == ["10.jsonl", "9.jsonl", "a/9.jsonl", "b/2.jsonl"]
+    with pytest.raises(DataError, match="given twice"):
+        find_inputs([tmp_path, tmp_path / "a"])
+
+
+SLIMPAJAMA = [
+    {"text": "web", "meta": {"redpajama_set_name": "RedPajamaCommonCrawl"}},
+    {"text": "code", "meta": {"redpajama_set_name": "RedPajamaGithub"}},
+    {"text": "book", "meta": {"redpajama_set_name": "RedPajamaBook"}},
+]
+
+
+def test_slimpajama_comes_without_its_github_part(tmp_path):
+    path = tmp_path / "chunk1" / "example_train_0.jsonl.zst"
+    path.parent.mkdir()
+    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in SLIMPAJAMA).encode()))
+    preset = read_preset("slimpajama")
+    (file,) = find_inputs([tmp_path], preset.suffixes)
+    reader = Reader(file, Rules(preset.text_field, preset.exclude))
+    assert list(reader) == ["web", "book"]
+    assert reader.excluded == {"meta.redpajama_set_name=RedPajamaGithub": 1}
+    assert reader.num_records == 3
+
+
+def test_a_record_without_the_field_it_is_judged_by_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "web", "meta": {}}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:1 has no field meta.redpajama_set_name"):
+        list(read_documents(find_inputs([tmp_path])[0], Rules(exclude=read_preset("slimpajama").exclude)))
+
+
+def test_starcoder(tmp_path):
+    for language in ("python", "rust"):
+        (tmp_path / language).mkdir()
+        pq.write_table(pa.table({"id": ["0"], "content": [language]}), tmp_path / language / "train-0.parquet")
+    preset = read_preset("starcoder")
+    found = [
+        list(Reader(f, Rules(preset.text_field, preset.exclude))) for f in find_inputs([tmp_path], preset.suffixes)
+    ]
+    assert found == [["python"], ["rust"]]
+
+
+def test_exclusion_in_parquet(tmp_path):
+    rows = [{"text": row["text"], "meta": row["meta"]} for row in SLIMPAJAMA]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    texts, reader = read(tmp_path / "a.parquet", exclude=read_preset("slimpajama").exclude)
+    assert texts == ["web", "book"]
+    assert sum(reader.excluded.values()) == 1
+
+
+def test_every_preset_is_complete():
+    assert preset_names() == ["slimpajama", "starcoder"]
+    for name in preset_names():
+        preset = read_preset(name)
+        assert preset.title
+        assert preset.address.startswith("hf://")
+    with pytest.raises(DataError, match="did you mean slimpajama"):
+        read_preset("slimpyjama")
+
+
+BROKEN = [
+    ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2 is not valid JSON"),
+    ("b.jsonl", b'{"title": "x"}\n', "b.jsonl:1 has no text or content string"),
+    ("c.jsonl", b'{"text": "\xff"}\n', "c.jsonl:1 is not valid JSON in UTF-8"),
+    ("d.jsonl", b'{"text": "a\\ud800b"}\n', "d.jsonl:1 has a lone surrogate U\\+D800 at character 1"),
+    ("e.jsonl", b'["text"]\n', "e.jsonl:1 is not a JSON object"),
+    ("f.jsonl", b'{"text": 7}\n', "f.jsonl:1 has no text or content string"),
+    ("g.txt", b"\xff\xfe\xff", "g.txt is not UTF-8"),
+]
+BROKEN_WHOLE = [
+    ("a.jsonl.gz", gzip.compress(LINES * 99)[:-40], "breaks off"),
+    ("b.jsonl.gz", gzip.compress(LINES)[:-9] + b"xxxxxxxxx", "breaks off"),
+    ("c.jsonl.zst", zstandard.compress(LINES * 9999)[:-1], "breaks off"),
+    ("d.jsonl.zst", zstandard.compress(LINES * 9999)[:100], "breaks off"),
+    ("e.jsonl.zst", FRAMES + b"garbage", "breaks off"),
+    ("f.jsonl.zst", b"not zstandard", "breaks off"),
+    ("g.parquet", b"not parquet", "not a readable parquet file"),
+    ("h.parquet", None, "not a readable parquet file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BROKEN)
+def test_a_broken_record_is_refused_or_listed(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read(tmp_path / name)
+    texts, reader = read(tmp_path / name, skip_bad=True)
+    assert texts == (["fine"] if name == "a.jsonl" else [])
+    assert len(reader.skipped) == 1
+    assert reader.num_records == len(texts) + 1
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BROKEN_WHOLE)
+def test_a_file_that_breaks_off_is_refused_even_where_records_may_be_skipped(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content is None:
+        pq.write_table(pa.table({"text": TEXTS * 99}), path, use_dictionary=False, write_page_checksum=True)
+        damaged = bytearray(path.read_bytes())
+        damaged[200] ^= 1
+        content = bytes(damaged)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read(path, skip_bad=True)
+
+
+def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has columns body"):
+        read(tmp_path / "a.parquet")
+
+
+def test_long_and_empty_documents_are_listed(tmp_path):
+    rows = ["x" * 101, "", "fine", "é" * 51, "y" * 100_000]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    texts, reader = read(tmp_path / "a.jsonl", max_document_bytes=100, skip_bad=True)
+    assert texts == ["fine"]
+    assert [number for number, _ in reader.skipped] == [0, 1, 3, 4]
+    reasons = [reason for _, reason in reader.skipped]
+    assert reasons[0] == "longer than 100 bytes (101)"
+    assert reasons[1] == "empty"
+    assert reasons[2] == "longer than 100 bytes (102)"
+    assert reader.num_records == 5
+
+
+def test_nan_in_another_field_is_no_reason_to_refuse(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine", "score": NaN}\n')
+    assert read(tmp_path / "a.jsonl")[0] == ["fine"]
+
+
+@pytest.fixture
+def server(tmp_path):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}"
+    httpd.shutdown()
+
+
+def test_remote_files_read_as_local_ones(tmp_path, server):
+    (tmp_path / "a.jsonl.zst").write_bytes(FRAMES)
+    pq.write_table(pa.table({"content": TEXTS}), tmp_path / "b.parquet")
+    for name in ("a.jsonl.zst", "b.parquet"):
+        (file,) = find_inputs([f"{server}/{name}"])
+        assert not file.is_local
+        assert file.name == name
+        reader = Reader(file)
+        assert list(reader) == TEXTS
+        assert reader.sha256 == file_sha256(tmp_path / name)
+
+
+def test_remote_folders_and_patterns_are_listed():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("/corpus/b/2.jsonl", "/corpus/a/1.jsonl", "/corpus/readme.pdf"):
+        memory.pipe(name, LINES)
+    found = find_inputs(["memory://corpus"])
+    assert [file.name for file in found] == ["a/1.jsonl", "b/2.jsonl"]
+    assert list(read_documents(found[1])) == TEXTS
+    assert [file.name for file in find_inputs(["memory://corpus/*/1.jsonl"])] == ["a/1.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("s3://bucket/x.jsonl", r"tinyllama\[s3\]"),
+        ("gs://bucket/x.jsonl", r"tinyllama\[gcs\]"),
+        ("nosuch://x", "nosuch"),
+        ("http://127.0.0.1:9/x.jsonl", "127.0.0.1:9"),
+        ("memory://missing/x.jsonl", "does not exist"),
+        ("/missing/x.jsonl", "does not exist"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_one_line(address, words):
+    import importlib.util
+
+    from tinyllama.errors import UserError
+
+    if address.startswith("s3") and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    if address.startswith("gs") and importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(UserError, match=words) as error:
+        find_inputs([address])
+    assert "\n" not in str(error.value)

@@ -1,0 +1,179 @@
+"""Input files: found in folders, on this machine or at any fsspec address (s3://, gs://, hf://, https://).
+
+Knows names, sizes and versions of files, and opens them as bytes. What is in them is the business of `documents`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from tinyllama.errors import DataError, MissingExtraError
+
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+SUFFIXES = (*LINE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+FIX = "give files or folders of .jsonl, .parquet or text"
+# What brings each kind of address; huggingface_hub (hf://) and aiohttp (https://) come with the data extra.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """One input file.
+
+    address: a local path, or an fsspec address. name: its path below the input it was found under, stable from machine
+    to machine. version: changes when the file does (modification time, or the remote store's own mark).
+    """
+
+    address: str
+    name: str
+    size_bytes: int
+    version: str
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.address
+
+    @property
+    def kind(self) -> str:
+        """ "lines", "parquet" or "text"."""
+        lower = self.name.lower()
+        if lower.endswith(LINE_SUFFIXES):
+            return "lines"
+        return "parquet" if lower.endswith(".parquet") else "text"
+
+    def open(self) -> IO[bytes]:
+        """The file's raw bytes. DataError if it cannot be opened."""
+        try:
+            if self.is_local:
+                return open(self.address, "rb", buffering=0)
+            filesystem, path = _filesystem(self.address)
+            return filesystem.open(path, "rb")
+        except PermissionError:
+            raise DataError(f"{self.address} is not readable", fix="grant read permission") from None
+        except OSError as error:
+            raise DataError(f"{self.address} cannot be opened ({error.strerror or error})", fix=FIX) from None
+
+
+class HashedStream(io.RawIOBase):
+    """A stream of bytes that counts and hashes what passes, so that provenance costs no second reading."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        self._digest.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def finish(self) -> str:
+        """Read what is left, close, and give the sha256 of the whole."""
+        while self.read(1 << 20):
+            pass
+        self._source.close()
+        return self._digest.hexdigest()
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    protocol = address.split("://", 1)[0]
+    try:
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        if protocol in EXTRAS:
+            raise MissingExtraError(f"the package for {protocol}://", EXTRAS[protocol]) from None
+        raise DataError(f"{protocol}:// needs a package that is not installed ({error})", fix="install it") from None
+    except ValueError as error:
+        raise DataError(f"{address} is not an address that can be read ({error})", fix=FIX) from None
+
+
+def _version(info: dict[str, Any]) -> str:
+    marks = {key: str(info[key]) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "oid") if key in info}
+    return repr(sorted(marks.items()))
+
+
+def _find_local(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+    root = Path(given)
+
+    def as_input(path: Path, name: str) -> InputFile:
+        status = path.stat()
+        return InputFile(str(path), name, status.st_size, str(status.st_mtime_ns))
+
+    try:
+        if root.is_dir():
+            files = [p for p in root.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file()]
+            return [as_input(path, path.relative_to(root).as_posix()) for path in files]
+        if root.exists():
+            return [as_input(root, root.name)]
+    except PermissionError as error:
+        raise DataError(f"{error.filename} is not readable", fix="grant read permission") from None
+    raise DataError(f"input {root} does not exist", fix=FIX)
+
+
+def _find_remote(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+    filesystem, root = _filesystem(given)
+    protocol = given.split("://", 1)[0]
+
+    def as_input(path: str, info: dict[str, Any], name: str) -> InputFile:
+        if info.get("size") is None:
+            raise DataError(f"{given}: the server does not say how large the file is", fix="fetch it first")
+        address = path if "://" in path else f"{protocol}://{path}"
+        return InputFile(address, name, int(info["size"]), _version(info))
+
+    try:
+        if any(mark in root for mark in "*?["):
+            base = root.split("*")[0].split("?")[0].split("[")[0].rpartition("/")[0]
+            found = {p: i for p, i in filesystem.glob(root, detail=True).items() if i.get("type") != "directory"}
+            return [as_input(p, i, p.removeprefix(base).lstrip("/")) for p, i in found.items()]
+        info = filesystem.info(root)
+        if info.get("type") != "directory":
+            return [as_input(root, info, root.rstrip("/").rpartition("/")[2])]
+        found = filesystem.find(root, detail=True)
+    except FileNotFoundError:
+        raise DataError(f"input {given} does not exist", fix=FIX) from None
+    except DataError:
+        raise
+    except Exception as error:  # every remote store has exceptions of its own
+        raise DataError(
+            f"{given} cannot be listed ({type(error).__name__}: {error})", fix="check the address"
+        ) from None
+    base = root.rstrip("/") + "/"
+    return [as_input(p, i, p.removeprefix(base)) for p, i in found.items() if p.lower().endswith(suffixes)]
+
+
+def find_inputs(inputs: Iterable[str | os.PathLike[str]], suffixes: tuple[str, ...] = SUFFIXES) -> list[InputFile]:
+    """The files behind paths, folders and addresses, in an order that does not depend on any directory's listing.
+
+    A folder contributes its files with one of `suffixes`, recursively; a file named directly is taken whatever its
+    suffix. DataError if an input is missing or empty, or if a file would be read twice.
+    """
+    found: list[InputFile] = []
+    for given in map(str, inputs):
+        given = given.removeprefix("file://")
+        files = _find_remote(given, suffixes) if "://" in given else _find_local(given, suffixes)
+        if not files:
+            raise DataError(f"{given} holds no input files", fix=f"expected one of: {', '.join(suffixes)}")
+        found += sorted(files, key=lambda file: file.name)
+    if not found:
+        raise DataError("no input files given", fix=FIX)
+    seen: set[str] = set()
+    for file in found:
+        address = os.path.realpath(file.address) if file.is_local else file.address
+        if address in seen:
+            raise DataError(f"input {file.address} is given twice", fix="name each file once")
+        seen.add(address)
+    return found

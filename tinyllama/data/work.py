@@ -1,0 +1,423 @@
+"""Unfinished stores: what is to be done, what is done, and how finished parts become shards.
+
+    OUTPUT.partial/plan.json               the inputs and the settings
+    OUTPUT.partial/parts/3f/3f….json       one finished input file: its counts and sha256; its tokens stand beside it
+    OUTPUT.partial/layout.json             where each part lies in the streams, once all are there
+    OUTPUT.partial/shards/….json           one finished shard
+    OUTPUT.partial/store/                  becomes OUTPUT by a rename
+
+Every file is written under another name and renamed, records last: whatever has a record is whole. A part's files go
+once the shards that hold it are finished. Knows nothing of processes or clusters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from tinyllama.data.documents import Reader, Rules
+from tinyllama.data.inputs import InputFile
+from tinyllama.data.store import (
+    LISTS,
+    SEPARATOR_POLICY,
+    SPLITS,
+    Manifest,
+    Shard,
+    SplitCounts,
+    file_sha256,
+    shard_name,
+)
+from tinyllama.errors import DataError
+
+COPY_BYTES = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides a store's bytes, but for its inputs."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    separator_id: int
+    validation_fraction: float
+    seed: int
+    rules: Rules
+    shard_tokens: int
+
+    @property
+    def dtype(self) -> str:
+        return "<u2" if self.vocab_size <= 65536 else "<u4"
+
+    @property
+    def key(self) -> str:
+        """Parts can be kept as long as this stays: all but the shards' size."""
+        return _hash([v for k, v in dataclasses.asdict(self).items() if k != "shard_tokens"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Settings and inputs, in the order in which they become the stream."""
+
+    settings: Settings
+    files: tuple[InputFile, ...]
+
+    @property
+    def key(self) -> str:
+        """The same for the same work, whenever and wherever it is asked for."""
+        return _hash([dataclasses.asdict(self.settings), [(f.name, f.size_bytes, f.version) for f in self.files]])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _durable(path: Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name when it is whole and on disk. Writers of the same do not meet."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    with _durable(path) as stream:
+        json.dump(value, stream)
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None if the file is missing or was cut off by a crash."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+class PartWriter:
+    """Writes the tokens of one input file, a stream for each split; nothing counts before `finish`."""
+
+    def __init__(self, work: Work, index: int) -> None:
+        self.work, self.index = work, index
+        self.separator = int(work.plan.settings.separator_id).to_bytes(work.width, "little")
+        self.counts = {split: {"tokens": 0, "documents": 0, "bytes_of_text": 0} for split in SPLITS}
+        self._starts = {split: array("Q") for split in SPLITS}
+        work.part(index).parent.mkdir(parents=True, exist_ok=True)
+        self._streams = {split: open(self._partial(split, "tokens"), "wb", 1 << 20) for split in SPLITS}
+
+    def _partial(self, split: str, kind: str) -> Path:
+        path = self.work.part_file(self.index, split, kind)
+        return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+    def add(self, split: str, encoded: bytes, bytes_of_text: int) -> None:
+        """One document: the separator, then its tokens (little-endian, in the store's dtype)."""
+        counts = self.counts[split]
+        self._starts[split].append(counts["tokens"])
+        stream = self._streams[split]
+        stream.write(self.separator)
+        stream.write(encoded)
+        counts["tokens"] += 1 + len(encoded) // self.work.width
+        counts["documents"] += 1
+        counts["bytes_of_text"] += bytes_of_text
+
+    def finish(self, reader: Reader) -> None:
+        """Make everything durable, then write the record that makes it valid."""
+        for split, stream in self._streams.items():
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
+            with open(self._partial(split, "documents"), "wb") as documents:
+                documents.write(np.array(self._starts[split], dtype="<u8").tobytes())
+                documents.flush()
+                os.fsync(documents.fileno())
+            for kind in ("tokens", "documents"):
+                os.replace(self._partial(split, kind), self.work.part_file(self.index, split, kind))
+        file = self.work.plan.files[self.index]
+        record = {
+            "settings": self.work.plan.settings.key,
+            "version": file.version,
+            "identity": {"name": file.name, "bytes": file.size_bytes, "sha256": reader.sha256},
+            "records": reader.num_records,
+            "excluded": dict(sorted(reader.excluded.items())),
+            "skipped": reader.skipped,
+            "splits": self.counts,
+        }
+        write_json(self.work.part(self.index).with_suffix(".json"), record)
+
+    def abandon(self) -> None:
+        """Close and remove what was written."""
+        for split, stream in self._streams.items():
+            with contextlib.suppress(OSError):
+                stream.close()
+            for kind in ("tokens", "documents"):
+                self._partial(split, kind).unlink(missing_ok=True)
+
+
+class Work:
+    """One unfinished store on disk."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self.width = np.dtype(plan.settings.dtype).itemsize
+
+    # -- Beginning and end ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write the plan; drop what crashed writers left, and shards that were packed from other parts."""
+        for name in ("parts", "shards", "store", "progress"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for stale in (*self.folder.glob("parts/*/*.partial"), *self.folder.glob("*/*.partial")):
+            stale.unlink(missing_ok=True)
+        for old in self.folder.glob("progress/*.json"):
+            old.unlink()
+        write_json(self.folder / "plan.json", dataclasses.asdict(self.plan))
+        layout = read_json(self.folder / "layout.json")
+        records = [self.record(index) for index in range(len(self.plan.files))]
+        if layout and (None in records or self._layout(records) != layout):  # type: ignore[arg-type]
+            (self.folder / "layout.json").unlink()
+            for name in ("shards", "store"):
+                shutil.rmtree(self.folder / name)
+                (self.folder / name).mkdir()
+
+    @classmethod
+    def load(cls, folder: Path) -> Work:
+        """As `begin` left it, in another process."""
+        raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        rules = dict(raw["settings"].pop("rules"))
+        rules["exclude"] = tuple((field, tuple(values)) for field, values in rules["exclude"])
+        settings = Settings(rules=Rules(**rules), **raw["settings"])
+        return cls(folder, Plan(settings, tuple(InputFile(**file) for file in raw["files"])))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One preparation of a store at a time, on one machine. DataError if there is another."""
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DataError(f"{self.folder} is being written by another process", fix="wait for it") from None
+            yield
+
+    # -- Parts ------------------------------------------------------------------------------------------------------
+
+    def part(self, index: int) -> Path:
+        """The path of one part, without a suffix. It depends on the input alone: adding others keeps it."""
+        file = self.plan.files[index]
+        name = hashlib.sha256(f"{file.name}\0{file.address}".encode()).hexdigest()[:24]
+        return self.folder / "parts" / name[:2] / name
+
+    def part_file(self, index: int, split: str, kind: str) -> Path:
+        return self.part(index).with_suffix(f".{split}.{kind}")
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """The record of a finished part; None if it has none, or belongs to another version of the input."""
+        file, record = self.plan.files[index], read_json(self.part(index).with_suffix(".json"))
+        if record is None or record["settings"] != self.plan.settings.key or record["version"] != file.version:
+            return None
+        identity = record["identity"]
+        return record if (identity["name"], identity["bytes"]) == (file.name, file.size_bytes) else None
+
+    def is_finished(self, index: int) -> bool:
+        """Whether the part is there, whole, or already lies in finished shards."""
+        record = self.record(index)
+        if record is None:
+            return False
+        for split, counts in record["splits"].items():
+            try:
+                size = self.part_file(index, split, "tokens").stat().st_size
+            except FileNotFoundError:
+                if not self._is_packed(index, split):
+                    return False
+                continue
+            if size != counts["tokens"] * self.width:
+                return False
+        return True
+
+    # -- Layout and shards ------------------------------------------------------------------------------------------
+
+    def _layout(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        counts = [[r["splits"][s][k] for s in SPLITS for k in ("tokens", "documents")] for r in records]
+        layout = {"shard_tokens": self.plan.settings.shard_tokens, "parts": counts}
+        identities = [(record["identity"]["sha256"], record["settings"]) for record in records]
+        return {**layout, "key": _hash([layout, identities])}
+
+    def lay_out(self) -> None:
+        """Decide which tokens go to which shard. DataError if a part is missing or there is nothing to train on."""
+        records = []
+        for index, file in enumerate(self.plan.files):
+            record = self.record(index)
+            if record is None:
+                raise DataError(f"{file.address} is not tokenized yet", fix="run the same command again")
+            records.append(record)
+        if not sum(record["splits"]["train"]["tokens"] for record in records):
+            raise DataError(
+                "the inputs hold no training documents", fix="give more text or a smaller validation fraction"
+            )
+        write_json(self.folder / "layout.json", self._layout(records))
+
+    def _load_layout(self) -> dict[str, Any]:
+        if not hasattr(self, "_loaded"):
+            layout = read_json(self.folder / "layout.json")
+            if layout is None:
+                raise DataError(f"{self.folder} has no layout", fix="run the same command again")
+            parts = np.array(layout["parts"], dtype=np.int64).reshape(-1, 2 * len(SPLITS))
+            ends = {split: np.cumsum(parts[:, 2 * n]) for n, split in enumerate(SPLITS)}
+            self._loaded = {"key": layout["key"], "ends": ends}
+        return self._loaded
+
+    def shards(self) -> list[tuple[str, int]]:
+        """Every (split, number) of the layout."""
+        ends = self._load_layout()["ends"]
+        return [(s, k) for s in SPLITS for k in range(-(-int(ends[s][-1]) // self.plan.settings.shard_tokens))]
+
+    def shard_record(self, split: str, number: int) -> dict[str, Any] | None:
+        """The record of a finished shard of this layout; None if there is none."""
+        record = read_json(self.folder / "shards" / f"{shard_name(split, number)}.json")
+        if record is None or record["layout"] != self._load_layout()["key"]:
+            return None
+        path = self.folder / "store" / f"{shard_name(split, number)}.tokens"
+        return record if path.exists() and path.stat().st_size == record["num_tokens"] * self.width else None
+
+    def _shards_of(self, index: int, split: str) -> range:
+        ends, size = self._load_layout()["ends"][split], self.plan.settings.shard_tokens
+        end, begin = int(ends[index]), int(ends[index - 1]) if index else 0
+        return range(begin // size, -(-end // size)) if end > begin else range(0)
+
+    def _is_packed(self, index: int, split: str) -> bool:
+        if not (self.folder / "layout.json").exists():
+            return False
+        return all(self.shard_record(split, number) for number in self._shards_of(index, split))
+
+    def pack(self, split: str, number: int) -> None:
+        """Write one shard from the parts that it is made of, then let go of parts that no other shard needs."""
+        if self.shard_record(split, number):
+            return
+        layout, size = self._load_layout(), self.plan.settings.shard_tokens
+        ends = layout["ends"][split]
+        begin, end = number * size, min((number + 1) * size, int(ends[-1]))
+        parts = range(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1)
+        name = shard_name(split, number)
+        target = self.folder / "store" / name
+        partial = {kind: target.with_name(f"{name}.{kind}.{os.getpid()}.partial") for kind in ("tokens", "documents")}
+        digests = {kind: hashlib.sha256() for kind in partial}
+        documents = 0
+        with open(partial["tokens"], "wb") as tokens_out, open(partial["documents"], "wb") as documents_out:
+            for index in parts:
+                origin = int(ends[index - 1]) if index else 0
+                first, last = max(begin, origin), min(end, int(ends[index]))
+                if last <= first:
+                    continue
+                source = self.part_file(index, split, "tokens")
+                _copy(source, (first - origin) * self.width, (last - first) * self.width, tokens_out, digests["tokens"])
+                starts = np.fromfile(self.part_file(index, split, "documents"), dtype="<u8").astype(np.int64) + origin
+                starts = starts[(starts >= first) & (starts < last)] - begin
+                data = starts.astype("<u8").tobytes()
+                documents_out.write(data)
+                digests["documents"].update(data)
+                documents += len(starts)
+            for stream in (tokens_out, documents_out):
+                stream.flush()
+                os.fsync(stream.fileno())
+        for kind, path in partial.items():
+            os.replace(path, target.with_name(f"{name}.{kind}"))
+        hashes = (digests["tokens"].hexdigest(), digests["documents"].hexdigest())
+        shard = Shard(name, split, end - begin, documents, *hashes)
+        record = {"layout": layout["key"], **dataclasses.asdict(shard)}
+        write_json(self.folder / "shards" / f"{name}.json", record)
+        for index in parts:
+            if self._is_packed(index, split):
+                for kind in ("tokens", "documents"):
+                    self.part_file(index, split, kind).unlink(missing_ok=True)
+
+    # -- The finished store -----------------------------------------------------------------------------------------
+
+    def publish(self, target: Path) -> Manifest:
+        """Write the lists and the manifest, then let the folder appear under its name. An older store of it goes."""
+        store, settings = self.folder / "store", self.plan.settings
+        with _durable(store / "shards.jsonl") as stream:
+            for split, number in self.shards():
+                record = self.shard_record(split, number)
+                if record is None:
+                    raise DataError(f"shard {shard_name(split, number)} is not packed yet", fix="run the same again")
+                del record["layout"]
+                stream.write(json.dumps(record) + "\n")
+        totals = {split: dict.fromkeys(("tokens", "documents", "bytes_of_text"), 0) for split in SPLITS}
+        excluded: Counter[str] = Counter()
+        num_bytes = num_records = num_skipped = 0
+        with _durable(store / "inputs.jsonl") as inputs, _durable(store / "skipped.jsonl") as skipped:
+            for index in range(len(self.plan.files)):
+                record = self.record(index)
+                assert record is not None, "laid out, so recorded"
+                for split, counts in record["splits"].items():
+                    for key, value in counts.items():
+                        totals[split][key] += value
+                excluded.update(record["excluded"])
+                num_bytes += record["identity"]["bytes"]
+                num_records += record["records"]
+                num_skipped += len(record["skipped"])
+                kept = {"records": record["records"], "skipped": len(record["skipped"])}
+                entry = {**record["identity"], **kept, "excluded": record["excluded"], "splits": record["splits"]}
+                inputs.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                for number, reason in record["skipped"]:
+                    entry = {"input": record["identity"]["name"], "record": number, "reason": reason}
+                    skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        manifest = Manifest(
+            dtype=settings.dtype,
+            tokenizer_sha256=settings.tokenizer_sha256,
+            vocab_size=settings.vocab_size,
+            separator_policy=SEPARATOR_POLICY,
+            separator_id=settings.separator_id,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+            shard_tokens=settings.shard_tokens,
+            splits={split: SplitCounts(**counts) for split, counts in totals.items()},
+            inputs={
+                "files": len(self.plan.files),
+                "bytes": num_bytes,
+                "records": num_records,
+                "skipped": num_skipped,
+                "excluded": dict(sorted(excluded.items())),
+                "rules": dataclasses.asdict(settings.rules),
+            },
+            lists={name: file_sha256(store / name) for name in LISTS},
+        )
+        write_json(store / "prepared.json", {"plan": self.plan.key})
+        with _durable(store / "manifest.json") as stream:
+            stream.write(manifest.to_json())
+        old = target.with_name(f"{target.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(store, target)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return manifest
+
+
+def _copy(source: Path, offset: int, count: int, out: IO[bytes], digest: Any) -> None:
+    """`count` bytes of a part from `offset` on, hashed on the way."""
+    with open(source, "rb") as stream:
+        stream.seek(offset)
+        while count:
+            data = stream.read(min(COPY_BYTES, count))
+            if not data:
+                raise DataError(f"{source} is shorter than its record says", fix="run the same command again")
+            out.write(data)
+            digest.update(data)
+            count -= len(data)

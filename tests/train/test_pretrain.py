@@ -21,6 +21,7 @@ from tinyllama import checkpoint
 from tinyllama.data.loader import HeldOut, Mixture, Source
 from tinyllama.errors import CheckpointError
 from tinyllama.model.llama import Llama
+from train.batch import model_inputs
 from train.launch import free_port
 from train.recipe import Recipe
 from train.schedule import learning_rate
@@ -65,12 +66,14 @@ def test_run_directory_has_what_is_promised(finished_run):
     assert [step for step, _ in checkpoint.list_checkpoints(finished_run)] == [3, 6, 9]
 
 
-def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path):
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "document-masking"])
+def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, masked):
     """The whole engine in fp32 against the same model, batches and AdamW without DeepSpeed."""
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     config["bf16"] = {"enabled": False}
     (tmp_path / "fp32.json").write_text(json.dumps(config))
     more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
+    more += [f"data.document_masking={str(masked).lower()}"]
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
     recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
 
@@ -82,8 +85,9 @@ def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path):
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     expected = []
     for step in range(8):
-        ids, targets = map(torch.from_numpy, mixture.fetch(range(12 * step, 12 * step + 12)))
-        loss = model(ids, targets) / (targets >= 0).sum()
+        ids, targets = mixture.fetch(range(12 * step, 12 * step + 12))
+        separator = mixture.separator_id if masked else None
+        loss = model(**model_inputs(ids, targets, separator, torch.device("cpu"))) / int((targets >= 0).sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

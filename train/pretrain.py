@@ -212,6 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"step {step + 1}: the gradient is not finite; the weights are those of step {step}, nothing was saved"
             )
         state.update(step=step + 1, tokens=(step + 1) * plan.tokens, optimizer_steps=state["optimizer_steps"] + 1)
+        state["epochs"] = mixture.epochs((step + 1) * plan.sequences)
         last = step + 1 == total_steps
 
         # -- Log: the one host sync -------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "mfu": plan.tokens * flops / seconds / (peak * ranks),
                 "step_time_s": seconds,
                 "skipped_steps": engine.skipped_steps,
-                "epochs": mixture.epochs((step + 1) * plan.sequences),
+                "epochs": state["epochs"],
             }
             if metrics:
                 metrics.write(entry)

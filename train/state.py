@@ -92,9 +92,12 @@ def _finish(partial: Path, final: Path, state: dict[str, Any], tokenizer: Path |
         json.dump({"format": checkpoint.FORMAT, "files": files}, stream, indent=2)
         stream.flush()
         os.fsync(stream.fileno())
+    replaced = final.with_name(f"partial-replaced-{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again, after a resume from an older checkpoint
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

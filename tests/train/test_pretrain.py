@@ -21,6 +21,7 @@ from tinyllama import checkpoint
 from tinyllama.data.loader import HeldOut, Mixture, Source
 from tinyllama.errors import CheckpointError
 from tinyllama.model.llama import Llama
+from train import state as saved
 from train.batch import model_inputs
 from train.launch import free_port
 from train.recipe import Recipe
@@ -189,6 +190,78 @@ def test_a_broken_newest_checkpoint_is_skipped_with_a_warning(finished_run, stor
     mended = weights(run / "checkpoints" / checkpoint.step_name(9))
     original = weights(finished_run / "checkpoints" / checkpoint.step_name(9))
     assert all(torch.equal(mended[name], original[name]) for name in mended)
+
+
+SNAPSHOTS = """
+import os, shutil, sys
+from pathlib import Path
+
+os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+import deepspeed, torch
+from tinyllama.model.llama import Llama
+from train import state as saved
+from train.plan import read_deepspeed, resolve_deepspeed
+from train.pretrain import parameter_groups
+from train.recipe import load_recipe
+
+run, snapshots = Path(sys.argv[1]), Path(sys.argv[2])
+recipe = load_recipe("demo", sys.argv[4:])
+deepspeed.init_distributed(verbose=False)
+model = Llama(recipe.model)
+model.initialize(1)
+config, _ = resolve_deepspeed(read_deepspeed("ds_configs/zero3.json"), recipe, 1)
+engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(parameter_groups(model, recipe)), config=config)
+ids = torch.ones(engine.train_micro_batch_size_per_gpu(), 64, dtype=torch.int64)
+for _ in range(engine.gradient_accumulation_steps()):
+    engine.backward(engine(ids, ids))
+    engine.step()
+taken, busy = 0, False
+
+def snapshot(event, arguments):
+    global taken, busy
+    touched = any(str(run) in str(argument) for argument in arguments)
+    if not busy and touched and event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+        busy = True
+        shutil.copytree(run, snapshots / f"{taken:04d}")
+        taken, busy = taken + 1, False
+
+state = {"step": 1, "tokens": 768, "optimizer_steps": 1, "mixture_sha256": "", "recipe": recipe.to_dict()}
+saved.save(engine, run, state, None, 2)
+sys.addaudithook(snapshot)
+for step in (2, 3, 3):  # the third pushes out the first; the fourth writes one that is there already
+    saved.save(engine, run, {**state, "step": step}, None, 2)
+os._exit(0)
+"""
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_valid_checkpoint(tmp_path):
+    """Fault 14. What is on disk before each touch of a file is what a SIGKILL there would leave behind."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    arguments = [tmp_path / "run", tmp_path / "snapshots", free_port(), *settings()[1::2]]
+    command = [sys.executable, "-c", SNAPSHOTS, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    moments = sorted((tmp_path / "snapshots").iterdir())
+    assert len(moments) >= 20
+    steps, warnings = [], []
+    for moment in moments:
+        found = saved.newest_valid(moment, warnings.append)
+        assert found is not None, moment
+        steps.append(found[1]["step"])
+        assert sum(tensor.numel() for tensor in weights(found[0]).values()) == recipe_parameters()
+    assert not warnings  # what has a checkpoint's name is one
+    assert steps[0] == 1
+    assert steps[-1] == 3
+    assert set(steps) == {1, 2, 3}
+
+
+def recipe_parameters() -> int:
+    from train.recipe import load_recipe
+
+    return load_recipe("demo", settings()[1::2]).model.num_parameters
 
 
 def test_checkpoints_are_chosen_by_number():

@@ -61,7 +61,7 @@ def prepare(
     import json
 
     from tinyllama.data.documents import Rules, read_preset
-    from tinyllama.data.pipeline import ClusterOptions
+    from tinyllama.data.executors import ClusterOptions
     from tinyllama.data.prepare import prepare as run
     from tinyllama.errors import ConfigError
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinyllama.data.documents import Rules
+from tinyllama.data.executors import ClusterOptions, Totals, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, find_inputs
-from tinyllama.data.pipeline import ClusterOptions, Totals, run_local, run_ray, submit_slurm
 from tinyllama.data.store import SHARD_TOKENS, Manifest, read_manifest
 from tinyllama.data.work import Plan, Settings, Work, read_json
 from tinyllama.errors import DataError

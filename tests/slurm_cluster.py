@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 START_SECONDS = 30
-LONGEST_SOCKET_PATH = 107  # sockaddr_un.sun_path, less its final zero
 
 CONFIG = """\
 ClusterName=test
@@ -30,7 +29,8 @@ SlurmctldPort={ctld_port}
 SlurmdPort={slurmd_port}
 {bind}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+# A job that is requeued waits until its credential has expired: 120 seconds, unless told otherwise.
+AuthInfo=socket={folder}/munge.sock,cred_expire=15
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -42,14 +42,11 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MailProg=/bin/true
 ReturnToService=2
 MessageTimeout=30
-SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 # Memory is asked for but not counted, and the node has what is written here, whatever the machine has.
 SelectType=select/cons_tres
@@ -78,8 +75,6 @@ def missing() -> str | None:
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
     """Start a cluster below the empty `folder`; yield what the environment of its clients needs beside their own."""
     folder = folder.resolve()
-    if len(str(folder / "munge.sock")) > LONGEST_SOCKET_PATH:
-        raise RuntimeError(f"the path is too long for a socket: {folder}")
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     (folder / "munge.key").touch(mode=0o600)
@@ -90,10 +85,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     # Slurm's variables would be those of a job that runs the tests. A session of its own keeps Ctrl-C away.
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
     command = [sys.executable, __file__, str(folder)]
-    with open(folder / "keeper.log", "wb") as log:
-        keeper = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=folder, env=clean | env, start_new_session=True
-        )
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=folder, env=clean | env, start_new_session=True)
     try:
         _wait_until_idle(keeper, folder, env)
         yield env
@@ -116,14 +108,13 @@ def wait_for_jobs(env: dict[str, str], timeout_s: float = 120) -> None:
 def _config(folder: Path) -> str:
     name = socket.gethostname()
     host = name.split(".")[0]  # Slurm compares it to `hostname -s`
-    with ExitStack() as sockets:  # both are held until both are known, so that they differ
-        ports = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(2)]
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = one.getsockname()[1], other.getsockname()[1]
     # To listen on loopback alone, Slurm must find it under this machine's name.
-    try:
-        is_loopback = socket.gethostbyname(name).startswith("127.")
-    except OSError:
-        is_loopback = False
-    bind = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if is_loopback else ""
+    bind = ""
+    with suppress(OSError):
+        if socket.gethostbyname(name).startswith("127."):
+            bind = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny"
     return CONFIG.format(host=host, ctld_port=ports[0], slurmd_port=ports[1], bind=bind, folder=folder)
 
 
@@ -153,13 +144,16 @@ def _keep(folder: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: slurmstepd leaves slurmd on purpose
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "log", "pid", "seed")]
+    # By force: pytest's folders are closed to others, who munged thinks should reach its socket.
+    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.sock", *files]
     try:
-        # By force: pytest's folders are closed to others, who munged thinks should reach its socket.
-        subprocess.Popen(["munged", "--foreground", "--force", f"--socket={folder}/munge.sock", *files])
-        while not (folder / "munge.sock").exists():
-            time.sleep(0.01)
-        for daemon in ("slurmctld", "slurmd"):
-            subprocess.Popen([daemon, "-D"])
+        for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
+            with open(folder / f"{command[0]}.out.log", "wb") as log:
+                daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            while not (folder / "munge.sock").exists():
+                if daemon.poll() is not None:
+                    sys.exit("munged has ended")
+                time.sleep(0.01)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the orphans
         sys.stdin.read()
     finally:
@@ -167,7 +161,8 @@ def _keep(folder: Path) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             for child in children:  # whose own children then come here
-                os.kill(int(child), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
             time.sleep(0.01)
 
 

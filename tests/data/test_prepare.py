@@ -394,21 +394,6 @@ def test_large_documents_do_not_need_large_memory(tokenizer_model, tmp_path):
     assert TokenStore(tmp_path / "store").num_documents == 1
 
 
-def test_slurm_writes_the_same_bytes(inputs, tokenizer_model, unbroken, tmp_path):
-    """A real Slurm: four job arrays, each after the one before."""
-    slurm_cluster = pytest.importorskip("slurm_cluster")
-    if reason := slurm_cluster.missing():
-        pytest.skip(reason)
-    (tmp_path / "cluster").mkdir()
-    with slurm_cluster.cluster(tmp_path / "cluster") as environment:
-        arguments = ["data", "prepare", inputs, "--output", tmp_path / "store", "--tokenizer", tokenizer_model]
-        arguments += ["--shard-tokens", "30000", "--executor", "slurm", "--partition", "batch", "--tasks", "3"]
-        done = tinyllama(*arguments, env=environment)
-        assert "submitted Slurm jobs" in done.stdout
-        slurm_cluster.wait_for_jobs(environment)
-    assert content(tmp_path / "store") == unbroken
-
-
 def test_ray_writes_the_same_bytes(inputs, tokenizer_model, unbroken, tmp_path):
     pytest.importorskip("ray", reason="ray is not installed: pip install 'tinyllama[ray]'")
     arguments = ["data", "prepare", inputs, "--output", tmp_path / "store", "--tokenizer", tokenizer_model]

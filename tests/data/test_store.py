@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tinyllama
+from conftest import ROOT, tinyllama
 
 from tinyllama.data.loader import HeldOut, Mixture, Source, document_layout
 from tinyllama.data.prepare import prepare
@@ -71,6 +72,21 @@ def test_the_format_is_what_the_documentation_says(store):
     np.testing.assert_array_equal(opened.shard(1), stream[20_011:40_022])
     for document, begin in zip(opened.documents(), starts, strict=True):
         np.testing.assert_array_equal(document, stream[begin : begin + len(document)])
+
+
+def test_the_reader_in_the_documentation_works(store):
+    text = (ROOT / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(code.replace("STORE", str(store)), names)
+    opened = TokenStore(store)
+    np.testing.assert_array_equal(names["read"](19_000, 45_000), opened.read(19_000, 45_000))
+    np.testing.assert_array_equal(names["first_document"], next(opened.documents()))
+    # The checksum of the manifest, by its description.
+    values = json.loads((store / "manifest.json").read_text())
+    digest = values.pop("sha256")
+    del values["format"], values["version"]
+    assert hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest() == digest
 
 
 def test_provenance_is_complete(store, corpus):

@@ -379,7 +379,7 @@ def test_sizes_that_do_not_fit_name_the_bound_that_does(tmp_path):
         ('{"text": "fine"}\n{"text": broken\n', "bad.jsonl:2 is not valid JSON"),
         ('{"other": 1}\n', "bad.jsonl:1 has no text or content"),
         ('{"text": "\\n\\n"}\n', "no text in 1 documents"),
-        ('{"text": "a\\ud800b"}\n', "document 1, has a lone surrogate U\\+D800 at character 1"),
+        ('{"text": "a\\ud800b"}\n', "bad.jsonl:1 has a lone surrogate U\\+D800 at character 1"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(content, words, tmp_path):

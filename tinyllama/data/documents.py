@@ -7,6 +7,7 @@ so, is listed with its reason. Knows nothing of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -97,7 +98,7 @@ class Reader:
                 text = self._text(record)
             except _Bad as error:
                 if not self.rules.skip_bad:
-                    fix = "repair or remove it, or give --bad-records skip"
+                    fix = "repair or remove it (data prepare --bad-records skip lists and skips)"
                     raise DataError(f"{where} {error}", fix=fix) from None
                 self.skipped.append((number, str(error)))
                 continue
@@ -170,15 +171,14 @@ class Reader:
         import pyarrow.parquet as pq
 
         name, rules = self.file.address, self.rules
-        with tempfile.TemporaryDirectory(prefix="tinyllama-parquet-") as scratch:
-            path = name
+        with contextlib.ExitStack() as stack:
+            path: Any = name
             raw = HashedStream(self.file.open())
             if not self.file.is_local:
-                # Parquet is read back and forth: from a local copy, as long as this file is being read.
-                path = str(Path(scratch) / "input.parquet")
-                with open(path, "wb") as copy:
-                    while data := raw.read(1 << 20):
-                        copy.write(data)
+                # Parquet is read back and forth: from a copy without a name, gone when this file has been read.
+                path = stack.enter_context(tempfile.TemporaryFile())
+                while data := raw.read(1 << 20):
+                    path.write(data)
             self.sha256 = raw.finish()
             try:
                 # A buffer instead of whole column chunks keeps the memory small.

@@ -32,7 +32,7 @@ except ImportError:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """How far a preparation is: bytes of input read, of all; text, documents and tokens written by this run."""
+    """How far a preparation is: bytes of input read, of all (of tokens, while packing); and what this run has written."""
 
     stage: str
     read_bytes: int
@@ -137,10 +137,13 @@ def run_local(work: Work, target: Path, workers: int, plain: bool, progress: Cal
 
     def poll() -> None:
         if progress:
-            progress(read_totals(work, before))
+            now = read_totals(work, before)
+            progress(dataclasses.replace(now, read_bytes=work.packed_bytes()) if before.stage == "pack" else now)
 
     for stage in stages(work, target, 16 * max(1, workers), plain):
         before = dataclasses.replace(before, stage=stage.name)
+        if stage.name == "pack":
+            before = dataclasses.replace(before, total_bytes=work.total_bytes())
         if stage.name == "tokenize" and len(finished) == len(work.plan.files):
             continue
         if stage.name == "pack":
@@ -151,7 +154,8 @@ def run_local(work: Work, target: Path, workers: int, plain: bool, progress: Cal
         else:
             ProcessesExecutor(stage, workers, str(work.folder / "logs" / stage.name), poll).run()
     if progress:
-        progress(dataclasses.replace(before, stage="done", read_bytes=total, files=len(work.plan.files)))
+        files = len(work.plan.files)
+        progress(dataclasses.replace(before, stage="done", read_bytes=total, total_bytes=total, files=files))
 
 
 # -- Clusters ---------------------------------------------------------------------------------------------------------

@@ -211,6 +211,9 @@ class Stage:
 def stages(work: Work, target: Path, tasks: int, plain: bool = False) -> list[Stage]:
     """The whole preparation. `tasks` bounds how finely the work is divided; it does not change the result."""
     folder, shared = str(work.folder.resolve()), _Shared()
+    # How many shards there will be is not known yet; a task for each half a gigabyte of compressed input is about right.
+    shard_bytes = work.plan.settings.shard_tokens * work.width
+    packers = 1 + 4 * sum(file.size_bytes for file in work.plan.files) // shard_bytes
     return [
         Stage(
             "tokenize",
@@ -218,6 +221,6 @@ def stages(work: Work, target: Path, tasks: int, plain: bool = False) -> list[St
             max(1, min(tasks, len(work.plan.files))),
         ),
         Stage("layout", [LayOut(folder)], 1),
-        Stage("pack", [Pack(folder)], tasks),
+        Stage("pack", [Pack(folder)], min(tasks, packers)),
         Stage("publish", [Publish(folder, str(target.resolve()))], 1),
     ]

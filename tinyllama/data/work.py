@@ -286,6 +286,15 @@ class Work:
         ends = self._load_layout()["ends"]
         return [(s, k) for s in SPLITS for k in range(-(-int(ends[s][-1]) // self.plan.settings.shard_tokens))]
 
+    def total_bytes(self) -> int:
+        """Bytes of all tokens of the layout."""
+        return self.width * sum(int(ends[-1]) for ends in self._load_layout()["ends"].values())
+
+    def packed_bytes(self) -> int:
+        """About how many of them lie in finished shards: counts files, so that it can be asked often."""
+        finished = len(list((self.folder / "shards").glob("*.json")))
+        return min(self.total_bytes(), finished * self.plan.settings.shard_tokens * self.width)
+
     def shard_record(self, split: str, number: int) -> dict[str, Any] | None:
         """The record of a finished shard of this layout; None if there is none."""
         record = read_json(self.folder / "shards" / f"{shard_name(split, number)}.json")

@@ -1,0 +1,109 @@
+"""On a real Slurm: data preparation as job arrays, and docs/data.md's training job, warned by Slurm and queued again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from conftest import ROOT, settings, tinyllama
+
+from tinyllama.data.prepare import prepare
+from tinyllama.data.store import verify
+from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
+
+
+def test_four_job_arrays_write_the_bytes_of_one_machine(slurm, corpus, tokenizer_model, tmp_path):
+    prepare([corpus], tmp_path / "here", Tokenizer.load(tokenizer_model), shard_tokens=30_000, workers=0)
+    arguments = ["data", "prepare", corpus, "--output", tmp_path / "store", "--tokenizer", tokenizer_model]
+    arguments += ["--shard-tokens", "30000", "--executor", "slurm", "--partition", "batch", "--tasks", "2"]
+    done = tinyllama(*arguments, "--json", env=slurm)
+    assert len(json.loads(done.stdout)["slurm_jobs"]) == 4
+    slurm_cluster.wait_for_jobs(slurm)
+    verify(tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "here")
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_a_failed_job_leaves_no_store_and_the_same_command_goes_on(slurm, tokenizer_model, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    arguments = [
+        "data",
+        "prepare",
+        tmp_path / "a.jsonl",
+        "--output",
+        tmp_path / "store",
+        "--tokenizer",
+        tokenizer_model,
+    ]
+    arguments += ["--executor", "slurm", "--partition", "batch", "--validation-fraction", "0"]
+    tinyllama(*arguments, env=slurm)
+    with pytest.raises(RuntimeError, match="DependencyNeverSatisfied"):
+        slurm_cluster.wait_for_jobs(slurm)
+    subprocess.run(["scancel", "--user", "root"], env=slurm_environment(slurm), check=False)
+    assert not (tmp_path / "store").exists()
+    logs = "".join(
+        path.read_text() for path in (tmp_path / "store.logs").rglob("*") if path.is_file() and path.suffix == ".log"
+    )
+    assert "a.jsonl:2 is not valid JSON" in logs
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "now"}\n')
+    tinyllama(*arguments, env=slurm)
+    slurm_cluster.wait_for_jobs(slurm)
+    assert verify(tmp_path / "store").documents("train") == 2
+
+
+def slurm_environment(slurm: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, **slurm}
+
+
+def test_the_documented_training_job_saves_when_warned_and_continues(slurm, stores, tmp_path):
+    """The script of docs/data.md, but for the GPUs and the recipe."""
+    text = (ROOT / "docs" / "data.md").read_text()
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "requeue" in block)
+    script = script.replace("#SBATCH --gpus-per-node=8\n", "#SBATCH --partition=batch\n")
+    more = " ".join(settings("training.tokens=61440", "checkpoint.every_steps=1000"))
+    command = f"tinyllama train --recipe demo --data {stores} --output {tmp_path / 'run'} --num-accelerators 2 {more} &"
+    script, count = re.subn(r"tinyllama train .* &", command.replace("\\", r"\\"), script)
+    assert count == 1
+    (tmp_path / "train.slurm").write_text(script)
+    environment = slurm_environment(slurm)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--output", str(tmp_path / "out.txt"), str(tmp_path / "train.slurm")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        assert time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
+        time.sleep(0.1)
+    subprocess.run(["scancel", "--signal=TERM", "--batch", done.stdout.strip()], env=environment, check=True)
+    slurm_cluster.wait_for_jobs(slurm, timeout_s=240)
+    output = (tmp_path / "out.txt").read_text()
+    assert "stopped by a signal" in output, output
+    assert "resumed from" in output
+    steps = [entry["step"] for line in metrics.read_text().splitlines() if "loss" in (entry := json.loads(line))]
+    assert steps == list(range(1, 81))

@@ -129,6 +129,13 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
     )
 
 
+def close(model: Any) -> None:
+    """End the processes of a vLLM model before this one ends: left to the interpreter's end, its threads may abort it."""
+    engine = getattr(getattr(model, "model", None), "llm_engine", None)
+    if engine is not None:
+        engine.engine_core.shutdown()
+
+
 def tokenizer_directory(choice: ModelChoice) -> Path:
     """A Hugging Face tokenizer for the model: the export's own, or one written for a checkpoint, proven as any other."""
     if not checkpoint.is_checkpoint(choice.path):

@@ -200,28 +200,31 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
         "suites": {},
     }
     model = None
-    for task in prepared:
-        name = task.benchmark.name
-        key = _task_key(request, model_sha256, task.benchmark, task.data_sha256)
-        if old.get(name, {}).get("key") == key:
-            found["tasks"][name] = old[name]
-            report(name, "kept", old[name]["seconds"])
-            continue
-        report(name, "start", 0.0)
-        started = time.monotonic()
-        if model is None:
-            model = backends.make(request.choice, request.output)
-        truncated_before = getattr(model, "num_truncated", None)
-        results = _run(model, task, request.limit)
-        entry = score(task.benchmark, results, task.leaves)
-        entry["truncated_prompts"] = None if truncated_before is None else model.num_truncated - truncated_before
-        entry["seconds"] = round(time.monotonic() - started, 2)
-        entry["key"] = key
-        _write_samples(request.output / "samples" / f"{name}.jsonl", results["samples"])
-        found["tasks"][name] = entry
-        found["suites"] = suite_means(found["tasks"])
-        write_json(path, found)
-        report(name, "done", entry["seconds"])
+    try:
+        for task in prepared:
+            name = task.benchmark.name
+            key = _task_key(request, model_sha256, task.benchmark, task.data_sha256)
+            if old.get(name, {}).get("key") == key:
+                found["tasks"][name] = old[name]
+                report(name, "kept", old[name]["seconds"])
+                continue
+            report(name, "start", 0.0)
+            started = time.monotonic()
+            if model is None:
+                model = backends.make(request.choice, request.output)
+            truncated_before = getattr(model, "num_truncated", None)
+            results = _run(model, task, request.limit)
+            entry = score(task.benchmark, results, task.leaves)
+            entry["truncated_prompts"] = None if truncated_before is None else model.num_truncated - truncated_before
+            entry["seconds"] = round(time.monotonic() - started, 2)
+            entry["key"] = key
+            _write_samples(request.output / "samples" / f"{name}.jsonl", results["samples"])
+            found["tasks"][name] = entry
+            found["suites"] = suite_means(found["tasks"])
+            write_json(path, found)
+            report(name, "done", entry["seconds"])
+    finally:
+        backends.close(model)
     found["suites"] = suite_means(found["tasks"])
     write_json(path, found)
     return json.loads(path.read_text())

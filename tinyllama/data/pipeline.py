@@ -8,6 +8,7 @@ killed and run again, by any of the `executors`. Other datatrove steps (filters,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import time
@@ -86,9 +87,8 @@ class TokenizeAndWrite(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         work = Work.load(Path(self.folder))
-        encoder = CachedEncoder(Tokenizer.load(work.folder / "tokenizer.model"), work.plan.settings.dtype)
-        if self.plain:
-            encoder.pattern = None
+        settings = work.plan.settings
+        encoder = _encoder(work.folder / "tokenizer.model", settings.tokenizer_sha256, settings.dtype, self.plain)
         report = _Report(work, rank)
         try:
             for index, documents in itertools.groupby(data, key=lambda document: document.metadata["input"]):
@@ -123,6 +123,18 @@ class TokenizeAndWrite(PipelineStep):
             part.abandon()
         report.file_done(reader)
         del self.shared.readers[index]
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(model: Path, sha256: str, dtype: str, plain: bool) -> CachedEncoder:
+    """One for all tasks of a process: what it has learnt is worth keeping."""
+    tokenizer = Tokenizer.load(model)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"{model} is not the tokenizer of the plan", fix="run the same command again")
+    encoder = CachedEncoder(tokenizer, dtype)
+    if plain:
+        encoder.pattern = None
+    return encoder
 
 
 class _Report:

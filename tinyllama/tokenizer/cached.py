@@ -46,6 +46,31 @@ def find_cut(pieces: Sequence[tuple[str, int]]) -> re.Pattern[str] | None:
     return None
 
 
+class _Words(dict[str, bytes]):
+    """Words and their ids as bytes. A word that is not there is segmented, and kept unless it is long."""
+
+    def __init__(self, tokenizer: Tokenizer, itemsize: int) -> None:
+        super().__init__()
+        self._encode, self._itemsize = tokenizer.encode, itemsize
+
+    def __missing__(self, word: str) -> bytes:
+        # After a newline SentencePiece adds no space: "\n" + word gives the space it always adds, the newline, the word.
+        found = _to_bytes(self._encode("\n" + word)[2:], self._itemsize)
+        if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS:
+                self.clear()
+            self[word] = found
+        return found
+
+
+def _to_bytes(ids: list[int], itemsize: int) -> bytes:
+    """Ids as little-endian unsigned integers."""
+    numbers = array("H" if itemsize == 2 else "I", ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
 class CachedEncoder:
     """Texts to ids as bytes: little-endian uint16 or uint32, ready to be written. Not thread-safe."""
 
@@ -55,55 +80,35 @@ class CachedEncoder:
         self.tokenizer = tokenizer
         self.dtype = np.dtype(dtype)
         self.pattern = find_cut(tokenizer.pieces()) if tokenizer.is_llama_like else None
-        self._known: dict[str, bytes] = {}
+        self._words = _Words(tokenizer, self.dtype.itemsize)
 
-    def plain(self, texts: Sequence[str]) -> list[bytes]:
+    def plain(self, text: str) -> bytes:
         """The same ids from SentencePiece alone."""
-        arrays = [array("H" if self.dtype.itemsize == 2 else "I", ids) for ids in self.tokenizer.encode_batch(texts, 1)]
-        if sys.byteorder == "big":
-            for numbers in arrays:
-                numbers.byteswap()
-        return [numbers.tobytes() for numbers in arrays]
+        return _to_bytes(self.tokenizer.encode(text), self.dtype.itemsize)
 
     def encode(self, text: str) -> bytes:
         """Ids of one text, without bos and eos. DataError if the text holds a lone surrogate."""
         if self.pattern is None:
-            return self.plain([text])[0]
+            return self.plain(text)
         if SPACE in text:
             text = text.replace(SPACE, " ")  # SentencePiece does not tell them apart either
         if not text:
             return b""
-        # SentencePiece puts a space before every text.
+        text = " " + text  # SentencePiece puts a space before every text
+        find, look_up = self.pattern.findall, self._words.__getitem__
         if len(text) <= SLICE_CHARACTERS:
-            return self._slice(" " + text)
+            return b"".join(map(look_up, find(text)))
         found, start = [], 0
         while start < len(text):
             end = text.find("\n", start + SLICE_CHARACTERS)
             end = len(text) if end < 0 else end
-            found.append(self._slice(text[start:end] if start else " " + text[:end]))
+            found.append(b"".join(map(look_up, find(text, start, end))))
             start = end
         return b"".join(found)
 
-    def _slice(self, text: str) -> bytes:
-        words = self.pattern.findall(text)  # type: ignore[union-attr]
-        known = self._known
-        try:
-            return b"".join(map(known.__getitem__, words))
-        except KeyError:
-            pass
-        missing = [word for word in dict.fromkeys(words) if word not in known]
-        if len(known) + len(missing) > MAX_WORDS:
-            known.clear()
-            missing = list(dict.fromkeys(words))
-        # After a newline SentencePiece adds no space: "\n" + word gives the space it always adds, the newline, the word.
-        width = 2 * self.dtype.itemsize
-        found = {word: ids[width:] for word, ids in zip(missing, self.plain(["\n" + w for w in missing]), strict=True)}
-        known.update((word, ids) for word, ids in found.items() if len(word) <= MAX_WORD_CHARACTERS)
-        return b"".join([found[word] if word in found else known[word] for word in words])
-
     def check(self, text: str, encoded: bytes) -> None:
         """DataError if `encoded` is not what SentencePiece gives for `text`."""
-        if self.plain([text])[0] != encoded:
+        if self.plain(text) != encoded:
             raise DataError(
                 f"cached and plain SentencePiece differ on {text[:40]!r}", fix="prepare with --plain, and report this"
             )

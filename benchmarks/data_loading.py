@@ -116,10 +116,11 @@ def main() -> None:
             return ids.size
 
         def shuffled_array(first: int, batch: int) -> int:
-            starts = [int(shuffled[(first + i) % windows]) * SEQUENCE for i in range(batch)]
-            rows = np.stack([stream[s : min(s, tokens - SEQUENCE - 1) + SEQUENCE + 1][: SEQUENCE + 1] for s in starts])
-            rows = rows.astype(np.int64)
-            return rows[:, :-1].copy().size + 0 * rows[:, 1:].copy().size
+            last = tokens - SEQUENCE - 1
+            starts = [min(last, int(shuffled[(first + i) % windows]) * SEQUENCE) for i in range(batch)]
+            rows = np.stack([stream[s : s + SEQUENCE + 1] for s in starts]).astype(np.int64)
+            ids, _targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+            return ids.size
 
         for name, way in (("tinyllama Mixture.fetch", ours), ("memmap and a shuffled array", shuffled_array)):
             for batch in (1, 8, 64):

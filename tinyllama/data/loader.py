@@ -61,18 +61,17 @@ class Mixture:
 
     def fetch(self, samples: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """ids and targets, int64, (samples, sequence_length) each; targets are already shifted by one."""
-        numbers, length = list(samples), self.sequence_length
-        ids = np.empty((len(numbers), length), dtype=np.int64)
-        targets = np.empty((len(numbers), length), dtype=np.int64)
-        window = np.empty(length + 1, dtype=self.stores[0].dtype)
-        for row, (source, start, repeated) in enumerate(self.order.windows_of(numbers)):
-            self.stores[source].read_into(start, window)
-            ids[row], targets[row] = window[:-1], window[1:]
+        windows, length = self.order.windows_of(samples), self.sequence_length
+        rows = np.empty((len(windows), length + 1), dtype=self.stores[0].dtype)
+        for row, (source, start, _) in zip(rows, windows, strict=True):
+            self.stores[source].read_into(start, row)
+        ids, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        for row, (*_, repeated) in enumerate(windows):
             if repeated:
                 targets[row, :repeated] = IGNORE_INDEX
         return ids, targets
 
-    def num_targets(self, samples: Sequence[int]) -> int:
+    def num_targets(self, samples: Iterable[int]) -> int:
         """How many targets these samples have, without reading a token."""
         return sum(self.sequence_length - repeated for *_, repeated in self.order.windows_of(samples))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -23,7 +23,8 @@ from tinyllama.errors import ConfigError
 
 ROUNDS = 6
 LONGEST_PERIOD = 100_000
-VECTOR_SAMPLES = 24  # from here on arrays are faster than numbers
+BLOCK = 1024  # samples whose windows are computed together, which is many times faster than one by one
+BLOCKS = 16  # kept
 
 
 class Permutation:
@@ -169,6 +170,7 @@ class Order:
         self.windows = [-(-(n - 1) // sequence_length) for n in num_tokens]
         self.schedule = Schedule(weights)
         self._permutations: dict[int, tuple[int, Permutation]] = {}
+        self._blocks: dict[int, list[tuple[int, int, int]]] = {}
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
         held = self._permutations.get(source)
@@ -185,11 +187,21 @@ class Order:
         repeated = max(0, start + self.sequence_length + 1 - self.num_tokens[source])
         return Window(source, start - repeated, repeated, epoch)
 
-    def windows_of(self, samples: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(source, start, repeated) of each sample: what the call gives one by one, many times faster for many."""
-        if len(samples) < VECTOR_SAMPLES:
-            return [(w.source, w.start, w.repeated) for w in map(self, samples)]
-        sources, nth = self.schedule.many(np.array(samples, dtype=np.int64))
+    def windows_of(self, samples: Iterable[int]) -> list[tuple[int, int, int]]:
+        """(source, start, repeated) of each sample: what the call gives one by one, much faster."""
+        found = []
+        for sample in samples:
+            number, place = divmod(sample, BLOCK)
+            block = self._blocks.get(number)
+            if block is None:
+                while len(self._blocks) >= BLOCKS:
+                    del self._blocks[next(iter(self._blocks))]
+                block = self._blocks[number] = self._block(number)
+            found.append(block[place])
+        return found
+
+    def _block(self, number: int) -> list[tuple[int, int, int]]:
+        sources, nth = self.schedule.many(np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64))
         starts, repeated = np.empty_like(nth), np.empty_like(nth)
         for source in range(len(self.windows)):
             mine = np.flatnonzero(sources == source)

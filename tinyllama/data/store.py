@@ -172,6 +172,7 @@ class TokenStore:
         self.num_documents = self.manifest.documents(split)
         self.shard_tokens = self.manifest.shard_tokens
         self.dtype = np.dtype(self.manifest.dtype)
+        self._width = self.dtype.itemsize
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the least recently used first
 
     def __del__(self) -> None:
@@ -231,17 +232,17 @@ class TokenStore:
         """Fill `out` (of the store's dtype, one axis) with the tokens from `start` on."""
         if start < 0 or start + len(out) > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + len(out)}) of {self.num_tokens}")
-        rest, width = out.view(np.uint8), self.dtype.itemsize
+        rest: Any = out
         while len(rest):
             index, offset = divmod(start, self.shard_tokens)
-            here: Any = rest[: (self.shard_tokens - offset) * width]
+            here = rest if len(rest) <= self.shard_tokens - offset else rest[: self.shard_tokens - offset]
             try:
-                count = os.preadv(self._file(index), [here], offset * width)
+                count = os.preadv(self._file(index), (here,), offset * self._width) // self._width
             except OSError as error:
                 raise DataError(f"{self._path(index, 'tokens')} cannot be read ({error.strerror})", fix=AGAIN) from None
-            if count <= 0 or count % width:
+            if count <= 0:
                 raise DataError(f"{self._path(index, 'tokens')} breaks off", fix=AGAIN)
-            rest, start = rest[count:], start + count // width
+            rest, start = rest[count:], start + count
 
     def starts(self, index: int) -> np.ndarray:
         """Where documents start in shard `index`, in tokens from its beginning. Shape (documents,)."""

@@ -77,8 +77,10 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         if section in config:
             raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage != 3:
-        raise ConfigError(f"{path}: zero_optimization.stage={stage}", fix="checkpoints are written for stage 3; use it")
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage}", fix="give 1, 2 or 3; stage 1 on one rank is plain"
+        )
     return config
 
 
@@ -99,12 +101,12 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, ranks: int) -> tup
                 f"DeepSpeed JSON: {key}={resolved[key]}, the recipe gives {value}", fix='set it to "auto"'
             )
     hidden = recipe.model.hidden_size
-    sizes = {  # Hugging Face's rule; DeepSpeed's own defaults suit models ten times as large
-        "reduce_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
-        "stage3_param_persistence_threshold": 10 * hidden,
-    }
+    # Hugging Face's rule; DeepSpeed's own defaults suit models ten times as large
+    sizes = {"reduce_bucket_size": hidden * hidden}
     zero = resolved["zero_optimization"]
+    if zero["stage"] == 3:
+        sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
+        sizes["stage3_param_persistence_threshold"] = 10 * hidden
     for key, value in sizes.items():
         if zero.get(key, "auto") == "auto":
             zero[key] = value

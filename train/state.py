@@ -1,7 +1,8 @@
-"""Checkpoints of a DeepSpeed ZeRO-3 engine: every rank writes its slices, rank 0 makes the result valid.
+"""Checkpoints of a DeepSpeed engine: every rank writes the slices that are its own, rank 0 makes the result valid.
 
-The format is `tinyllama.checkpoint`'s, so any number of ranks can resume and no DeepSpeed is needed to export. DeepSpeed
-is reached through its documented accessors for the local part of a ZeRO-3 parameter.
+The format is `tinyllama.checkpoint`'s, so any number of ranks and any ZeRO stage can resume, and no DeepSpeed is needed to
+export. Under stage 3 DeepSpeed's documented accessors give the local part of a parameter. Under stages 1 and 2 there are
+accessors for whole tensors alone, which move every tensor to every rank: there the fragment is taken that they use.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from tinyllama.errors import CheckpointError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from torch import Tensor
 
 
 def versions() -> dict[str, str]:
@@ -40,10 +43,39 @@ def _local_range(numel: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(numel, rank * part), min(numel, (rank + 1) * part)
 
 
+def _local_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
+    """This rank's slice [start, stop) of each flattened parameter: its fp32 weights and moments, views where possible."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    rank, ranks, stage = dist.get_rank(), dist.get_world_size(), engine.zero_optimization_stage()
+    if stage != 3:
+        # DeepSpeed links moments to fragments once, after the step of the first group alone: the others would have none.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            start, stop = _local_range(parameter.ds_numel, rank, ranks)
+            if start == stop:
+                continue
+            local = {checkpoint.WEIGHT: safe_get_local_fp32_param(parameter)}
+            for moment in checkpoint.MOMENTS:
+                local[moment] = safe_get_local_optimizer_state(parameter, moment)
+        else:
+            mapping = parameter._hp_mapping  # None where another rank has all of it
+            if mapping is None:
+                continue
+            start = mapping.lp_fragment_address.start
+            stop = start + mapping.lp_fragment_address.numel
+            local = {checkpoint.WEIGHT: mapping.get_hp_fragment()}
+            for moment in checkpoint.MOMENTS:
+                local[moment] = mapping.get_hp_fragment(optim_state_key=moment)
+        yield name, start, stop, local
+
+
 def save(engine: DeepSpeedEngine, run: Path, state: dict[str, Any], tokenizer: Path | None, keep_last: int) -> Path:
     """Write the checkpoint of `state["step"]`; collective. Returns its folder, which appears by one rename."""
     import torch.distributed as dist
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
     from safetensors.torch import save_file
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -54,13 +86,7 @@ def save(engine: DeepSpeedEngine, run: Path, state: dict[str, Any], tokenizer: P
         partial.mkdir(parents=True)
     dist.barrier()
     tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        start, stop = _local_range(parameter.ds_numel, rank, ranks)
-        if start == stop:
-            continue
-        local = {checkpoint.WEIGHT: safe_get_local_fp32_param(parameter)}
-        for moment in checkpoint.MOMENTS:
-            local[moment] = safe_get_local_optimizer_state(parameter, moment)
+    for name, start, stop, local in _local_slices(engine):
         for kind, tensor in local.items():
             tensors[f"{kind}|{name}|{start}"] = tensor.flatten()[: stop - start].cpu().clone()
     shard = partial / f"shard-{rank:05d}.safetensors"
@@ -141,20 +167,37 @@ def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: in
     The model's weights must have been loaded before DeepSpeed wrapped it: they give the low-precision copy.
     """
     import torch
-    import torch.distributed as dist
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat:
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        flat_groups = zero.fp32_partitioned_groups_flat
+    elif hasattr(zero, "single_partition_of_fp32_groups"):
+        flat_groups = zero.single_partition_of_fp32_groups
+    else:
+        flat_groups = zero.fp32_groups_flat_partition  # stage 1 in bf16 has an optimizer of its own
+    for flat in flat_groups:
         zero.optimizer.state[flat] = {
             "step": torch.tensor(float(optimizer_steps), device=flat.device),
             **{moment: torch.zeros_like(flat) for moment in checkpoint.MOMENTS},
         }
     slices = checkpoint.Slices(directory)
+    if stage == 3:
+        _fill_stage3(engine, slices)
+        return
+    for name, start, stop, local in _local_slices(engine):
+        for kind, tensor in local.items():
+            tensor.data.copy_(slices.read(kind, name, start, stop))
+
+
+def _fill_stage3(engine: DeepSpeedEngine, slices: checkpoint.Slices) -> None:
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for name, parameter in engine.module.named_parameters():
-        numel = prod(parameter.ds_shape)
-        start, stop = _local_range(numel, rank, ranks)
+        start, stop = _local_range(prod(parameter.ds_shape), rank, ranks)
         for kind in (checkpoint.WEIGHT, *checkpoint.MOMENTS):
             local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
             if start < stop:

@@ -26,6 +26,13 @@ def train_command(
     ] = None,
     hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several machines.")] = None,
     launcher: Annotated[str, typer.Option(help="Further arguments of the DeepSpeed launcher, as one string.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show batch, memory, traffic, epochs and days; launch nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Dry run: A100-40G, A100-80G, H100, H200 or B200.")] = "H100",
+    mfu: Annotated[float, typer.Option(help="Dry run: share of the device's peak to assume.")] = 0.4,
+    gigabytes_per_s: Annotated[float, typer.Option(help="Dry run: what one rank can send to assume.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Dry run: print as JSON.")] = False,
 ) -> None:
     """Pretrain under DeepSpeed. Run the same command again to continue from the last checkpoint.
 
@@ -36,6 +43,8 @@ def train_command(
       tinyllama train --data data --output runs/1b
 
       tinyllama train --recipe tinyllama_120m --num-accelerators 2 --set training.tokens=1e9 --output runs/120m
+
+      tinyllama train --dry-run --num-accelerators 64 --device A100-40G --deepspeed zero1
 
       tinyllama train --hostfile hosts --deepspeed my_zero3.json --launcher "--master_port 29600"
     """
@@ -52,7 +61,8 @@ def train_command(
     from train.recipe import load_recipe
     from train.state import refuse_other_run
 
-    deepspeed_launcher()  # the missing extra, if it is, before anything else
+    if not dry_run:
+        deepspeed_launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
     config = Path(deepspeed)
@@ -60,6 +70,14 @@ def train_command(
         config = CONFIGS / f"{config.name}.json"
     wanted = load_recipe(recipe, setting)
     raw = planning.read_deepspeed(config)
+    if dry_run:
+        import json
+
+        from train.dry_run import describe, show
+
+        found = describe(wanted, raw, data, num_accelerators or 1, device, mfu, gigabytes_per_s)
+        print(json.dumps(found)) if as_json else show(found)
+        return
     if num_accelerators is not None and hostfile is None:
         planning.resolve_deepspeed(raw, wanted, num_accelerators)
     mixture = planning.open_mixture(wanted, data)

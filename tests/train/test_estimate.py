@@ -1,0 +1,96 @@
+"""The arithmetic of a run, against figures that TinyLlama and others have published or that follow by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import tinyllama
+
+from tinyllama.model.config import ModelConfig
+from train.estimate import activation_bytes, bytes_per_step, estimate, memory
+
+TINYLLAMA = ModelConfig()
+N = 1_100_048_384
+
+
+def test_states_of_every_stage():
+    assert memory(TINYLLAMA, 0, 1, 0).total == 18 * N
+    for ranks in (1, 8, 64):
+        assert memory(TINYLLAMA, 1, ranks, 0).total == 6 * N + -(-12 * N // ranks)
+        assert memory(TINYLLAMA, 2, ranks, 0).total == 2 * N + -(-4 * N // ranks) + -(-12 * N // ranks)
+        assert memory(TINYLLAMA, 3, ranks, 0).total == pytest.approx(18 * N / ranks, abs=3)
+    assert memory(TINYLLAMA, 3, 8, 0, offload=True).optimizer == 0
+    assert memory(TINYLLAMA, 1, 1, 0).total == memory(TINYLLAMA, 3, 1, 0).total
+
+
+def test_what_travels():
+    """Stage 3 moves accumulation x 6.6 GB, stage 1 4.4 GB once (less the part that stays at home)."""
+    assert bytes_per_step(TINYLLAMA, 3, 8, 16) == 16 * 6 * N * 7 // 8
+    assert bytes_per_step(TINYLLAMA, 1, 8, 16) == 4 * N * 7 // 8
+    assert bytes_per_step(TINYLLAMA, 2, 8, 16) == 17 * 2 * N * 7 // 8
+    for stage in (1, 2, 3):
+        assert bytes_per_step(TINYLLAMA, stage, 1, 4) == 0
+
+
+def test_activations():
+    assert activation_bytes(TINYLLAMA, 1, False) == 22 * 2 * (7 * 2048 + 3 * 256 + 3 * 5632)
+    assert activation_bytes(TINYLLAMA, 1, True) < activation_bytes(TINYLLAMA, 1, False) / 8
+
+
+def test_tinyllamas_ninety_days():
+    """24,000 tokens/s on each of 16 A100-40G, 56% MFU, 3T tokens: 90 days (TinyLlama's README)."""
+    found = estimate(
+        TINYLLAMA,
+        tokens=3_000_000_000_000,
+        sequence_length=2048,
+        micro=8,
+        accumulation=8,
+        ranks=16,
+        stage=1,
+        device="A100-40G",
+        mfu=0.563,
+        gigabytes_per_s=1e9,
+    )
+    assert found["step_tokens"] == 2_097_152
+    assert found["flops_per_token"]["full"] == pytest.approx(7.314e9, rel=1e-3)
+    assert found["days"] == pytest.approx(90.4, abs=0.3)
+    assert found["device_hours"] == pytest.approx(3456 * 10, rel=0.02)  # 3,456 hours for 300B tokens
+
+
+def test_a_faster_stage_is_named_only_where_there_is_one():
+    def advice(ranks, speed, stage):
+        arguments = {"tokens": 10**12, "sequence_length": 2048, "micro": 4, "accumulation": 1024 // (4 * ranks)}
+        return estimate(TINYLLAMA, **arguments, ranks=ranks, stage=stage, gigabytes_per_s=speed)["advice"]
+
+    assert advice(8, 1.5, 3) == 1  # a slow network: stage 3 gathers every micro-step
+    assert advice(8, 1.5, 1) is None
+    assert advice(1, 1.5, 3) is None
+    assert advice(8, 1e6, 3) is None
+
+
+def test_the_command_prints_it_without_a_gpu(stores, tmp_path):
+    arguments = ["train", "--dry-run", "--recipe", "demo", "--data", stores, "--num-accelerators", "8"]
+    arguments += ["--set", "model.vocab_size=600", "--set", "training.tokens=40960", "--set", "data.max_epochs=1000"]
+    done = tinyllama(*arguments, "--output", tmp_path / "run")
+    for words in ("ZeRO-1", "ZeRO-3", "epochs", "FLOPs", "micro 2 x accumulation 1 x ranks 8"):
+        assert words in done.stdout, done.stdout
+    assert not (tmp_path / "run").exists()
+    found = json.loads(tinyllama(*arguments, "--json").stdout)
+    assert found["batch"]["ranks"] == 8
+    assert found["deepspeed"]["train_batch_size"] == 16
+    assert set(found["epochs"]) == {"prose", "code"}
+    assert found["estimate"]["stages"]["3"]["memory_bytes"]["total"] > 0
+
+
+def test_a_plan_needs_no_data(tmp_path):
+    done = tinyllama("train", "--dry-run", "--data", tmp_path / "none", "--num-accelerators", "64")
+    assert "no token store" in done.stdout
+    assert "1,100,048,384" in done.stdout
+
+
+@pytest.mark.parametrize(("extra", "words"), [(["--device", "H1000"], "did you mean H100"), (["--mfu", "0"], "--mfu")])
+def test_mistakes_are_one_line(tmp_path, extra, words):
+    done = tinyllama("train", "--dry-run", "--data", tmp_path, *extra, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr

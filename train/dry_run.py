@@ -1,0 +1,119 @@
+"""`tinyllama train --dry-run`: everything that can be known of a run before it costs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tinyllama.errors import ConfigError, DataError, nearest
+from train import estimate as estimating
+from train import plan as planning
+from train.recipe import Recipe
+
+
+def describe(
+    recipe: Recipe,
+    deepspeed: dict[str, Any],
+    data: Path,
+    ranks: int,
+    device: str,
+    mfu: float,
+    gigabytes_per_s: float,
+) -> dict[str, Any]:
+    """The resolved configurations, the batch, epochs of each source, and the estimate, JSON-ready.
+
+    `epochs` is None, and `data_note` says why, where the stores are not there yet. ConfigError for impossible numbers.
+    """
+    if device not in estimating.DEVICES:
+        raise ConfigError(f"--device {device}", fix=nearest(device, list(estimating.DEVICES)))
+    if not 0 < mfu <= 1 or gigabytes_per_s <= 0:
+        raise ConfigError(
+            f"--mfu {mfu:g}, --gigabytes-per-s {gigabytes_per_s:g}",
+            fix="give --mfu above 0, up to 1, and a speed above 0",
+        )
+    if ranks < 1:
+        raise ConfigError(f"--num-accelerators {ranks}", fix="give 1 or more")
+    resolved, batch = planning.resolve_deepspeed(deepspeed, recipe, ranks)
+    epochs, note = None, None
+    try:
+        mixture = planning.open_mixture(recipe, data)
+        epochs = mixture.epochs(planning.num_steps(recipe) * batch.sequences)
+    except DataError as error:
+        note = str(error)
+    zero = resolved["zero_optimization"]
+    return {
+        "recipe": recipe.to_dict(),
+        "deepspeed": resolved,
+        "batch": {"micro": batch.micro, "accumulation": batch.accumulation, "ranks": ranks, "text": str(batch)},
+        "steps": planning.num_steps(recipe),
+        "epochs": epochs,
+        "data_note": note,
+        "estimate": estimating.estimate(
+            recipe.model,
+            tokens=recipe.training.tokens,
+            sequence_length=recipe.data.sequence_length,
+            micro=batch.micro,
+            accumulation=batch.accumulation,
+            ranks=ranks,
+            stage=zero["stage"],
+            checkpointing=recipe.training.activation_checkpointing,
+            offload="offload_optimizer" in zero,
+            device=device,
+            mfu=mfu,
+            gigabytes_per_s=gigabytes_per_s,
+        ),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The same for people."""
+    console, numbers = Console(highlight=False, soft_wrap=True), found["estimate"]
+    console.print(f"{numbers['parameters']:,} parameters, {numbers['tokens']:,} tokens in {found['steps']:,} steps")
+    console.print(found["batch"]["text"])
+    conventions = ", ".join(f"{value / 1e9:.3f} ({name})" for name, value in numbers["flops_per_token"].items())
+    console.print(f"GFLOPs per token: {conventions}; {numbers['total_flops']:.3e} FLOPs in all")
+    if found["epochs"] is None:
+        console.print(f"[yellow]epochs unknown[/]: {found['data_note']}")
+    else:
+        for name, epochs in found["epochs"].items():
+            console.print(f"epochs of {name}: {epochs:.3f}")
+    columns = (
+        "",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "GB a rank",
+        "fits",
+        "GB sent a step",
+        "s a step",
+    )
+    table = Table(title=f"Memory and traffic of a rank ({numbers['device']})")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for stage, entry in numbers["stages"].items():
+        need = entry["memory_bytes"]
+        sizes = [need[key] / 1e9 for key in ("weights", "gradients", "optimizer", "activations", "total")]
+        chosen = " (chosen)" if stage == numbers["stage"] else ""
+        table.add_row(
+            f"ZeRO-{stage}{chosen}",
+            *(f"{size:.1f}" for size in sizes),
+            "yes" if entry["fits"] else "[red]no[/]",
+            f"{entry['bytes_per_step'] / 1e9:.1f}",
+            f"{entry['step_s']:.3f}",
+        )
+    console.print(table)
+    console.print(
+        f"about {numbers['days']:.2f} days, {numbers['device_hours']:,.0f} {numbers['device']}-hours, at "
+        f"{numbers['assumed_mfu']:.0%} MFU and {numbers['assumed_gigabytes_per_s']:g} GB/s a rank, "
+        "computing and sending not overlapped; activations are an estimate"
+    )
+    if numbers["advice"]:
+        saved = 1 - numbers["stages"][numbers["advice"]]["step_s"] / numbers["stages"][numbers["stage"]]["step_s"]
+        console.print(
+            f"[yellow]ZeRO-{numbers['advice']} fits and would be up to {saved:.0%} faster[/]: "
+            f"--deepspeed zero{numbers['advice']}"
+        )

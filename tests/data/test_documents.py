@@ -135,6 +135,7 @@ BROKEN = [
     ("e.jsonl", b'["text"]\n', "e.jsonl:1 is not a JSON object"),
     ("f.jsonl", b'{"text": 7}\n', "f.jsonl:1 has no text or content string"),
     ("g.txt", b"\xff\xfe\xff", "g.txt is not UTF-8"),
+    ("h.jsonl", b"[" * 100_000 + b"\n", "h.jsonl:1 is not valid JSON"),
 ]
 BROKEN_WHOLE = [
     ("a.jsonl.gz", gzip.compress(LINES * 99)[:-40], "breaks off"),
@@ -143,6 +144,9 @@ BROKEN_WHOLE = [
     ("d.jsonl.zst", zstandard.compress(LINES * 9999)[:100], "breaks off"),
     ("e.jsonl.zst", FRAMES + b"garbage", "breaks off"),
     ("f.jsonl.zst", b"not zstandard", "breaks off"),
+    ("empty.jsonl.zst", b"", "breaks off"),
+    ("empty.jsonl.gz", b"", "breaks off"),
+    ("empty.parquet", b"", "not a readable parquet file"),
     ("g.parquet", b"not parquet", "not a readable parquet file"),
     ("h.parquet", None, "not a readable parquet file"),
 ]
@@ -189,6 +193,38 @@ def test_long_and_empty_documents_are_listed(tmp_path):
     assert reasons[1] == "empty"
     assert reasons[2] == "longer than 100 bytes (102)"
     assert reader.num_records == 5
+
+
+def test_nulls_are_empty_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": null, "content": "fine"}\n')
+    pq.write_table(pa.table({"content": ["fine", None]}), tmp_path / "b.parquet")
+    for name, number in (("a.jsonl", 0), ("b.parquet", 1)):
+        texts, reader = read(tmp_path / name)
+        assert texts == ["fine"]
+        assert reader.skipped == [(number, "empty")]
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "string_view"])
+def test_every_kind_of_string_column(tmp_path, kind):
+    types = {"large_string": pa.large_string(), "string_view": pa.string_view(), "string": pa.string()}
+    array = pa.array(TEXTS).dictionary_encode() if kind == "dictionary" else pa.array(TEXTS, types[kind])
+    pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")[0] == TEXTS
+
+
+def test_nothing_behind_a_link_is_left_out_unsaid(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "chunk").symlink_to(tmp_path / "elsewhere")
+    assert [file.name for file in find_inputs([tmp_path / "in"])] == ["chunk/a.jsonl"]
+    (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "missing")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to a file that is not there"):
+        find_inputs([tmp_path / "in"])
+    (tmp_path / "in" / "b.jsonl").unlink()
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match="reached twice"):
+        find_inputs([tmp_path / "in"])
 
 
 def test_nan_in_another_field_is_no_reason_to_refuse(tmp_path):

@@ -352,6 +352,14 @@ def test_no_permission_is_one_line(inputs, tokenizer_model, tmp_path):
     assert "0.jsonl.zst is not readable" in run(tmp_path / "store")
 
 
+def test_output_and_input_do_not_lie_in_each_other(inputs, tokenizer, tmp_path):
+    shutil.copytree(inputs, tmp_path / "in")
+    with pytest.raises(DataError, match="lies inside the input"):
+        prepare([tmp_path / "in"], tmp_path / "in" / "store", tokenizer, workers=0)
+    with pytest.raises(DataError, match="holds the input"):
+        prepare([tmp_path / "in"], tmp_path, tokenizer, workers=0, overwrite=True)
+
+
 def test_two_preparations_of_one_store_do_not_mix(inputs, tokenizer, tmp_path):
     import fcntl
 

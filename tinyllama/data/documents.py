@@ -131,9 +131,12 @@ class Reader:
             if str(found) in values:
                 self.excluded[f"{field}={found}"] += 1
                 return None
-        for name in (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS:
+        names = (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS
+        for name in names:
             if isinstance(record.get(name), str):
                 return _checked(record[name])
+        if any(name in record and record[name] is None for name in names):
+            return ""  # a null is an empty text, and listed as one
         fields = self.rules.text_field or " or ".join(TEXT_FIELDS)
         raise _Bad(f"has no {fields} string")
 
@@ -217,6 +220,8 @@ class Reader:
 
 def _decompressed(name: str, raw: HashedStream) -> IO[bytes]:
     buffered = io.BufferedReader(raw, READ_BYTES)
+    if name.endswith((".gz", ".zst")) and not buffered.peek(1):
+        raise EOFError("it is empty")  # the libraries take nothing at all for a whole file
     if name.endswith(".gz"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
     if name.endswith(".zst"):
@@ -271,7 +276,7 @@ def _parsed(line: bytes) -> Any:
     except orjson.JSONDecodeError as strict:
         try:
             return json.loads(line)  # NaN, which Python writes, and lone surrogates, which are named later
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return _Bad(f"is not valid JSON in UTF-8 ({strict})")
 
 

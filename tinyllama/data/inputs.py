@@ -109,19 +109,32 @@ def _version(info: dict[str, Any]) -> str:
 def _find_local(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     root = Path(given)
 
-    def as_input(path: Path, name: str) -> InputFile:
-        status = path.stat()
-        return InputFile(str(path), name, status.st_size, str(status.st_mtime_ns))
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave out what it may not read
 
     try:
-        if root.is_dir():
-            files = [p for p in root.rglob("*") if p.name.lower().endswith(suffixes) and p.is_file()]
-            return [as_input(path, path.relative_to(root).as_posix()) for path in files]
-        if root.exists():
-            return [as_input(root, root.name)]
+        if not root.is_dir():
+            return [_local_input(root, root.name)] if root.exists() else []
+        found, visited = [], set()
+        for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:
+                raise DataError(f"{folder} is reached twice, by a link", fix="remove the link")
+            visited.add(real)
+            paths = [Path(folder) / name for name in names if name.lower().endswith(suffixes)]
+            found += [_local_input(path, path.relative_to(root).as_posix()) for path in paths]
+        return found
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is a link to a file that is not there", fix="fetch it, or remove it"
+        ) from None
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable", fix="grant read permission") from None
-    raise DataError(f"input {root} does not exist", fix=FIX)
+
+
+def _local_input(path: Path, name: str) -> InputFile:
+    status = path.stat()
+    return InputFile(str(path), name, status.st_size, str(status.st_mtime_ns))
 
 
 def _find_remote(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
@@ -165,6 +178,8 @@ def find_inputs(inputs: Iterable[str | os.PathLike[str]], suffixes: tuple[str, .
     for given in map(str, inputs):
         given = given.removeprefix("file://")
         files = _find_remote(given, suffixes) if "://" in given else _find_local(given, suffixes)
+        if not files and "://" not in given and not os.path.lexists(given):
+            raise DataError(f"input {given} does not exist", fix=FIX)
         if not files:
             raise DataError(f"{given} holds no input files", fix=f"expected one of: {', '.join(suffixes)}")
         found += sorted(files, key=lambda file: file.name)

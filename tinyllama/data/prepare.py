@@ -58,6 +58,12 @@ def prepare(
         shard_tokens=shard_tokens,
     )
     plan = Plan(settings, tuple(find_inputs(inputs, suffixes)))
+    for file in plan.files:
+        if file.is_local and target.resolve() in Path(file.address).resolve().parents:
+            raise DataError(f"--output {target} holds the input {file.address}", fix="give another --output")
+    for given in inputs:
+        if "://" not in str(given) and Path(given).is_dir() and Path(given).resolve() in target.resolve().parents:
+            raise DataError(f"--output {target} lies inside the input {given}", fix="give another --output")
     work = Work(target.with_name(f"{target.name}.partial"), plan)
     if target.exists():
         is_store = (target / "manifest.json").exists()

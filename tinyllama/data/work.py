@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -82,10 +83,15 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
+def _partial(path: Path) -> Path:
+    """Another name for a file that is being written, which no other process of any host takes."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
 @contextlib.contextmanager
 def _durable(path: Path) -> Iterator[IO[str]]:
     """A text file that appears under its name when it is whole and on disk. Writers of the same do not meet."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     with open(partial, "w", encoding="utf-8") as stream:
         yield stream
         stream.flush()
@@ -119,8 +125,7 @@ class PartWriter:
         self._streams = {split: open(self._partial(split, "tokens"), "wb", 1 << 20) for split in SPLITS}
 
     def _partial(self, split: str, kind: str) -> Path:
-        path = self.work.part_file(self.index, split, kind)
-        return path.with_name(f"{path.name}.{os.getpid()}.partial")
+        return _partial(self.work.part_file(self.index, split, kind))
 
     def add(self, split: str, encoded: bytes, bytes_of_text: int) -> None:
         """One document: the separator, then its tokens (little-endian, in the store's dtype)."""
@@ -323,7 +328,7 @@ class Work:
         parts = range(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1)
         name = shard_name(split, number)
         target = self.folder / "store" / name
-        partial = {kind: target.with_name(f"{name}.{kind}.{os.getpid()}.partial") for kind in ("tokens", "documents")}
+        partial = {kind: _partial(target.with_name(f"{name}.{kind}")) for kind in ("tokens", "documents")}
         digests = {kind: hashlib.sha256() for kind in partial}
         documents = 0
         with open(partial["tokens"], "wb") as tokens_out, open(partial["documents"], "wb") as documents_out:

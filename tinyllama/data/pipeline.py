@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.data.documents import Reader
-from tinyllama.data.work import PartWriter, Work, write_json
+from tinyllama.data.work import PartWriter, Work, cannot_write, write_json
 from tinyllama.errors import DataError, MissingExtraError
 from tinyllama.tokenizer.cached import CachedEncoder
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
@@ -31,7 +31,6 @@ except ImportError:
 REPORT_SECONDS = 0.5
 CHECKED = 256  # one document in so many is compared with SentencePiece,
 CHECKED_CHARACTERS = 1 << 18  # unless it is longer: SentencePiece needs some fifty times the text's memory
-FIX_DISK = "free space and run the same command again; finished files are kept"
 
 
 def is_validation(data: bytes, seed: int, fraction: float) -> bool:
@@ -97,9 +96,7 @@ class TokenizeAndWrite(PipelineStep):
             self._finish_empty(work, before=None)
             report.write()
         except OSError as error:
-            raise DataError(
-                f"writing {error.filename or work.folder} failed ({error.strerror or error})", fix=FIX_DISK
-            ) from None
+            raise cannot_write(error, work.folder) from None
 
     def _finish_empty(self, work: Work, before: int | None) -> None:
         """Files that gave no document at all are finished too."""
@@ -193,9 +190,7 @@ class Pack(PipelineStep):
             for split, number in work.shards()[rank::world_size]:
                 work.pack(split, number)
         except OSError as error:
-            raise DataError(
-                f"writing {error.filename or work.folder} failed ({error.strerror or error})", fix=FIX_DISK
-            ) from None
+            raise cannot_write(error, work.folder) from None
 
 
 class Publish(PipelineStep):

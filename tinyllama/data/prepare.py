@@ -15,7 +15,7 @@ from tinyllama.data.documents import Rules
 from tinyllama.data.executors import ClusterOptions, Totals, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, find_inputs
 from tinyllama.data.store import SHARD_TOKENS, Manifest, read_manifest
-from tinyllama.data.work import Plan, Settings, Work, read_json
+from tinyllama.data.work import Plan, Settings, Work, cannot_write, read_json
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -88,11 +88,6 @@ def prepare(
                 run_local(work, target, os.cpu_count() or 1 if workers is None else workers, plain, progress)
             else:
                 raise DataError(f"executor {executor!r}", fix="give local, slurm or ray")
-    except PermissionError as error:
-        raise DataError(f"cannot write {error.filename} ({error.strerror})", fix="give a writable --output") from None
     except OSError as error:
-        raise DataError(
-            f"writing {error.filename or work.folder} failed ({error.strerror or error})",
-            fix="free space and run the same command again; finished files are kept",
-        ) from None
+        raise cannot_write(error, work.folder) from None
     return read_manifest(target)

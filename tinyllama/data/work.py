@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -111,6 +112,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+
+
+def cannot_write(error: OSError, folder: Path) -> DataError:
+    """What an error of the operating system while writing means for a user."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free space and run the same command again; finished files are kept" if full else "give another --output"
+    return DataError(f"writing {error.filename or folder} failed ({error.strerror or error})", fix=fix)
 
 
 class PartWriter:

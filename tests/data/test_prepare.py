@@ -356,7 +356,7 @@ def test_output_and_input_do_not_lie_in_each_other(inputs, tokenizer, tmp_path):
     shutil.copytree(inputs, tmp_path / "in")
     with pytest.raises(DataError, match="lies inside the input"):
         prepare([tmp_path / "in"], tmp_path / "in" / "store", tokenizer, workers=0)
-    with pytest.raises(DataError, match="holds the input"):
+    with pytest.raises(DataError, match="would replace the input"):
         prepare([tmp_path / "in"], tmp_path, tokenizer, workers=0, overwrite=True)
 
 

@@ -119,6 +119,10 @@ class Reader:
         if isinstance(record, _Bad):
             raise record
         if isinstance(record, str):
+            if self.rules.exclude:
+                raise _Bad(
+                    f"is a text file and has no field {self.rules.exclude[0][0]}, by which documents are excluded"
+                )
             return _checked(record)
         if not isinstance(record, dict):
             raise _Bad("is not a JSON object")
@@ -128,8 +132,9 @@ class Reader:
                 if not isinstance(found, dict) or key not in found:
                     raise _Bad(f"has no field {field}, by which documents are excluded")
                 found = found[key]
-            if str(found) in values:
-                self.excluded[f"{field}={found}"] += 1
+            value = found if isinstance(found, str) else json.dumps(found)
+            if value in values:
+                self.excluded[f"{field}={value}"] += 1
                 return None
         names = (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS
         for name in names:
@@ -241,7 +246,7 @@ class _ZstandardStream(io.RawIOBase):
         import zstandard
 
         self._source = source
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame: Any = None
         self._compressed, self._ready = b"", memoryview(b"")
 
@@ -276,7 +281,7 @@ def _parsed(line: bytes) -> Any:
     except orjson.JSONDecodeError as strict:
         try:
             return json.loads(line)  # NaN, which Python writes, and lone surrogates, which are named later
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return _Bad(f"is not valid JSON in UTF-8 ({strict})")
 
 

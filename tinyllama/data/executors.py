@@ -235,5 +235,5 @@ def run_ray(work: Work, target: Path, options: ClusterOptions, plain: bool) -> N
             skip_completed=False,
         )
         executor.run()
-    if not (target / "manifest.json").exists():
+    if (read_json(target / "prepared.json") or {}).get("plan") != work.plan.key:
         raise DataError("the Ray tasks did not finish the store", fix=f"see {logs}, then run the same command again")

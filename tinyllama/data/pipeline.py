@@ -112,7 +112,9 @@ class TokenizeAndWrite(PipelineStep):
                 utf8, encoded = text.encode(), encoder.encode(text)
                 if number % CHECKED == 0 and len(text) <= CHECKED_CHARACTERS:
                     encoder.check(text, encoded)
-                held_out = is_validation(utf8, settings.seed, settings.validation_fraction)
+                # SentencePiece does not tell "\u2581" from a space: texts of the same tokens stay on the same side.
+                same = utf8.replace("\u2581".encode(), b" ")
+                held_out = is_validation(same, settings.seed, settings.validation_fraction)
                 part.add("validation" if held_out else "train", encoded, len(utf8))
                 report.add(reader, len(utf8), 1 + len(encoded) // work.width)
             part.finish(reader)

@@ -43,9 +43,11 @@ def prepare(
     `seed`. workers: processes, default all cores; 0 works in this process. plain: SentencePiece without the cache of
     words. DataError on unreadable input, no space, and where `output` is something else and not to be overwritten.
     """
-    target = Path(output)
+    target = Path(output).resolve()
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction {validation_fraction}", fix="give a number from 0 to below 1")
+    if not 0 <= seed < 2**64:
+        raise DataError(f"seed {seed}", fix="give a number from 0 to below 2^64")
     if shard_tokens < 1 or (workers is not None and workers < 0):
         raise DataError(f"shard tokens {shard_tokens}, workers {workers}", fix="give numbers above zero")
     settings = Settings(
@@ -58,13 +60,16 @@ def prepare(
         shard_tokens=shard_tokens,
     )
     plan = Plan(settings, tuple(find_inputs(inputs, suffixes)))
+    ours = [target.with_name(target.name + suffix) for suffix in ("", ".partial", ".replaced")]
     for file in plan.files:
-        if file.is_local and target.resolve() in Path(file.address).resolve().parents:
-            raise DataError(f"--output {target} holds the input {file.address}", fix="give another --output")
+        if file.is_local and not set(ours).isdisjoint(Path(file.address).resolve().parents):
+            raise DataError(f"--output {target} would replace the input {file.address}", fix="give another --output")
     for given in inputs:
         if "://" not in str(given) and Path(given).is_dir() and Path(given).resolve() in target.resolve().parents:
             raise DataError(f"--output {target} lies inside the input {given}", fix="give another --output")
-    work = Work(target.with_name(f"{target.name}.partial"), plan)
+    work = Work(ours[1], plan)
+    if ours[1].exists() and not ((ours[1] / "lock").exists() and ours[1].is_dir()) and any(ours[1].iterdir()):
+        raise DataError(f"{ours[1]} is not an unfinished store", fix="move it away, or give another --output")
     if target.exists():
         is_store = (target / "manifest.json").exists()
         if is_store and (read_json(target / "prepared.json") or {}).get("plan") == plan.key:

@@ -422,12 +422,10 @@ class Work:
         write_json(store / "prepared.json", {"plan": self.plan.key})
         with _durable(store / "manifest.json") as stream:
             stream.write(manifest.to_json())
-        old = target.with_name(f"{target.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        old = self.folder / f"replaced-{os.getpid()}"  # below our own folder: no name that could be somebody's
         if target.exists():
             os.replace(target, old)
         os.replace(store, target)
-        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
 

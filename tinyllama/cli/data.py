@@ -97,10 +97,10 @@ def prepare(
             overwrite=overwrite,
             progress=progress.update,
         )
+    _keep_tokenizer(output, loaded)
     if isinstance(result, list):
         _print_jobs(output, result, json.dumps if as_json else None)
         return
-    _keep_tokenizer(output, loaded)
     _print_summary(output, result, json.dumps if as_json else None)
 
 

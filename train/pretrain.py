@@ -83,9 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     separator = mixture.separator_id if recipe.data.document_masking else None
     output = Path(arguments.output)
 
-    # DeepSpeed compiles its operators with the ninja of this environment, which need not be activated.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
     # -- Distributed, device, resume --------------------------------------------------------------------------------
     import torch
     import torch.distributed as dist
@@ -100,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tinyllama.model.hf import fill
     from tinyllama.model.llama import Llama
     from train import state as saved
+    from train.distributed import init_distributed
     from train.metrics import MetricsFile, TrainingConsole, peak_flops
     from train.validation import validate
 
@@ -107,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    deepspeed.init_distributed(verbose=False)
+    init_distributed(deepspeed_config)
     # Signals and small flags travel apart from the GPU's work, so that they never wait for it.
     control = dist.new_group(backend="gloo")
 

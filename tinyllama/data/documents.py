@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from tinyllama.data.inputs import SUFFIXES, HashedStream, InputFile
 from tinyllama.errors import DataError, nearest
@@ -25,6 +25,9 @@ TEXT_FIELDS = ("text", "content")
 MAX_DOCUMENT_BYTES = 16 << 20
 PRESETS = Path(__file__).parent / "presets"
 READ_BYTES = 1 << 18
+
+if TYPE_CHECKING:
+    from tinyllama.data.part import SkippedRecords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +80,19 @@ class _Bad(Exception):
 class Reader:
     """Iterates the documents of one input file, and keeps account of everything that it does not give.
 
-    After the iteration: num_records, excluded (count by reason), skipped [(record number, reason)], sha256 of the file.
+    After the iteration: num_records, excluded (count by reason), sha256 of the file. (record number, reason) of what was
+    left out is appended to `skipped`.
     `bytes_read` of `file.size_bytes` says how far it is.
     """
 
-    def __init__(self, file: InputFile, rules: Rules | None = None) -> None:
+    def __init__(
+        self, file: InputFile, rules: Rules | None = None, skipped: list[tuple[int, str]] | SkippedRecords | None = None
+    ) -> None:
         self.file = file
         self.rules = rules or Rules()
         self.num_records = 0
         self.excluded: Counter[str] = Counter()
-        self.skipped: list[tuple[int, str]] = []
+        self.skipped = [] if skipped is None else skipped
         self.sha256 = ""
         self.bytes_read = 0
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tinyllama.data.durable import read_json, write_json
 from tinyllama.data.pipeline import REPORT_SECONDS, Stage, stages
-from tinyllama.data.work import Work, read_json
+from tinyllama.data.work import Work
 from tinyllama.errors import DataError, MissingExtraError, UserError
 
 try:
@@ -172,6 +174,42 @@ class ClusterOptions:
     memory_gb: int = 2
     sbatch: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.tasks < 1 or self.memory_gb < 1:
+            raise UserError(f"--tasks {self.tasks}, --memory-gb {self.memory_gb}", fix="give numbers above zero")
+
+
+MAX_ARRAY = 1001  # Slurm's own limit, unless a cluster has another
+
+
+def refuse_running_jobs(folder: Path) -> None:
+    """DataError while Slurm jobs of an earlier call may still write this store."""
+    jobs = read_json(folder / "jobs.json")
+    if not jobs:
+        return
+    remedy = f"wait for them, or end them: scancel {' '.join(jobs)}"
+    try:
+        found = _slurm("squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}")
+    except FileNotFoundError:
+        raise DataError(
+            f"Slurm jobs {', '.join(jobs)} may be writing {folder}, and squeue is not on PATH",
+            fix=f"run this on a login node of the cluster, or remove {folder / 'jobs.json'} if they are gone",
+        ) from None
+    except subprocess.CalledProcessError as error:
+        if "Invalid job id" not in error.stderr:  # what Slurm says of jobs that it has forgotten
+            raise DataError(
+                f"squeue cannot tell whether jobs {', '.join(jobs)} still write {folder} ({error.stderr.strip()})",
+                fix="try again when Slurm answers",
+            ) from None
+    else:
+        if left := sorted(set(found.split())):
+            raise DataError(f"Slurm jobs {', '.join(left)} are writing {folder}", fix=remedy)
+    (folder / "jobs.json").unlink()
+
+
+def _slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
 
 def submit_slurm(work: Work, target: Path, options: ClusterOptions, plain: bool) -> list[str]:
     """Submit every stage as a Slurm job array that waits for the one before. Returns the job ids."""
@@ -182,7 +220,10 @@ def submit_slurm(work: Work, target: Path, options: ClusterOptions, plain: bool)
         raise UserError("--executor slurm: sbatch is not on PATH", fix="run this on a login node of the cluster")
     if options.partition is None:
         raise UserError("--executor slurm needs a partition", fix="give --partition (see sinfo)")
-    extra: dict[str, str] = {}
+    if options.tasks > MAX_ARRAY:
+        raise UserError(f"--tasks {options.tasks}", fix=f"give at most {MAX_ARRAY}")
+    # A stage whose predecessor failed goes from the queue, instead of waiting for ever.
+    extra: dict[str, str] = {"kill-on-invalid-dep": "yes"}
     for setting in options.sbatch:
         key, equals, value = setting.removeprefix("--").partition("=")
         if not key or not equals:
@@ -207,8 +248,17 @@ def submit_slurm(work: Work, target: Path, options: ClusterOptions, plain: bool)
             logging_dir=str(logs.resolve() / stage.name),
             skip_completed=False,
         )
-        executor.run()
+        try:
+            executor.run()
+        except subprocess.CalledProcessError:
+            if begun := [*jobs, *([str(executor.job_id)] if executor.job_id else [])]:
+                _slurm("scancel", *begun)
+            raise UserError(
+                f"sbatch refused the stage {stage.name} for the reason above",
+                fix="check --partition, --time and --sbatch",
+            ) from None
         jobs.append(str(executor.job_id))
+        write_json(work.folder / "jobs.json", jobs)
     return jobs
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.data.documents import Reader
-from tinyllama.data.work import PartWriter, Work, cannot_write, write_json
-from tinyllama.errors import DataError, MissingExtraError
+from tinyllama.data.durable import cannot_write, write_json
+from tinyllama.data.part import PartWriter
+from tinyllama.data.work import Work
+from tinyllama.errors import DataError, MissingExtraError, UserError
 from tinyllama.tokenizer.cached import CachedEncoder
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -51,7 +53,8 @@ class _Shared:
     """What the two steps of a task tell each other; they are copied together."""
 
     def __init__(self) -> None:
-        self.readers: dict[int, Reader] = {}
+        self.open: dict[int, tuple[Reader, PartWriter]] = {}  # begun and not finished, in order
+        self.error: UserError | None = None  # of the last one begun
 
 
 class ReadInputs(PipelineStep):
@@ -69,10 +72,16 @@ class ReadInputs(PipelineStep):
         for index in share([file.size_bytes for file in files], rank, world_size):
             if work.is_finished(index):
                 continue
-            reader = Reader(files[index], work.plan.settings.rules)
-            self.shared.readers[index] = reader
-            for text in reader:
-                yield Document(text=text, id=f"{files[index].name}/{reader.num_records - 1}", metadata={"input": index})
+            part = PartWriter(work, index)
+            reader = Reader(files[index], work.plan.settings.rules, part.skipped)
+            self.shared.open[index] = reader, part
+            try:
+                for text in reader:
+                    name = f"{files[index].name}/{reader.num_records - 1}"
+                    yield Document(text=text, id=name, metadata={"input": index})
+            except UserError as error:  # raised by the writer, when it has finished the files before
+                self.shared.error = error
+                return
 
 
 class TokenizeAndWrite(PipelineStep):
@@ -91,37 +100,41 @@ class TokenizeAndWrite(PipelineStep):
         report = _Report(work, rank)
         try:
             for index, documents in itertools.groupby(data, key=lambda document: document.metadata["input"]):
-                self._finish_empty(work, before=index)
+                self._finish(report, before=index)
                 self._write(work, index, documents, encoder, report)
-            self._finish_empty(work, before=None)
+            if self.shared.error:
+                self._finish(report, before=next(reversed(self.shared.open)))
+                raise self.shared.error
+            self._finish(report)
             report.write()
         except OSError as error:
             raise cannot_write(error, work.folder) from None
+        finally:
+            for _, part in self.shared.open.values():
+                part.abandon()
+            self.shared.open.clear()
 
-    def _finish_empty(self, work: Work, before: int | None) -> None:
-        """Files that gave no document at all are finished too."""
-        for index in [i for i in self.shared.readers if i != before]:
-            PartWriter(work, index).finish(self.shared.readers.pop(index))
+    def _finish(self, report: _Report, before: int | None = None) -> None:
+        """Everything has been written of the files that were begun earlier."""
+        for index in [i for i in self.shared.open if i != before]:
+            reader, part = self.shared.open[index]
+            part.finish(reader)
+            report.file_done(reader)
+            del self.shared.open[index]
 
     def _write(self, work: Work, index: int, documents: Any, encoder: CachedEncoder, report: _Report) -> None:
-        settings, reader = work.plan.settings, self.shared.readers[index]
-        part = PartWriter(work, index)
-        try:
-            for number, document in enumerate(documents):
-                text: str = document.text
-                utf8, encoded = text.encode(), encoder.encode(text)
-                if number % CHECKED == 0 and len(text) <= CHECKED_CHARACTERS:
-                    encoder.check(text, encoded)
-                # SentencePiece does not tell "\u2581" from a space: texts of the same tokens stay on the same side.
-                same = utf8.replace("\u2581".encode(), b" ")
-                held_out = is_validation(same, settings.seed, settings.validation_fraction)
-                part.add("validation" if held_out else "train", encoded, len(utf8))
-                report.add(reader, len(utf8), 1 + len(encoded) // work.width)
-            part.finish(reader)
-        finally:
-            part.abandon()
-        report.file_done(reader)
-        del self.shared.readers[index]
+        settings = work.plan.settings
+        reader, part = self.shared.open[index]
+        for number, document in enumerate(documents):
+            text: str = document.text
+            utf8, encoded = text.encode(), encoder.encode(text)
+            if number % CHECKED == 0 and len(text) <= CHECKED_CHARACTERS:
+                encoder.check(text, encoded)
+            # SentencePiece does not tell "\u2581" from a space: texts of the same tokens stay on the same side.
+            same = utf8.replace("\u2581".encode(), b" ")
+            held_out = is_validation(same, settings.seed, settings.validation_fraction)
+            part.add("validation" if held_out else "train", encoded, len(utf8))
+            report.add(reader, len(utf8), 1 + len(encoded) // work.width)
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,23 +177,8 @@ class _Report:
         write_json(self.path, {**self.counts, "read_bytes": self.counts["read_bytes"] + self.in_file})
 
 
-class LayOut(PipelineStep):
-    """Decides which tokens go to which shard, once every part is there."""
-
-    name, type = "tinyllama layout", "🧮 - LAYOUT"
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
-        Work.load(Path(self.folder)).lay_out()
-
-
-class Pack(PipelineStep):
-    """Writes a task's share of the shards."""
-
-    name, type = "tinyllama shards", "💾 - WRITER"
+class _OnWork(PipelineStep):
+    """A step that needs nothing but the unfinished store."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -189,23 +187,44 @@ class Pack(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         work = Work.load(Path(self.folder))
         try:
-            for split, number in work.shards()[rank::world_size]:
-                work.pack(split, number)
+            self.act(work, rank, world_size)
         except OSError as error:
             raise cannot_write(error, work.folder) from None
 
+    def act(self, work: Work, rank: int, world_size: int) -> None:
+        raise NotImplementedError
 
-class Publish(PipelineStep):
+
+class LayOut(_OnWork):
+    """Decides which tokens go to which shard, once every part is there."""
+
+    name, type = "tinyllama layout", "🧮 - LAYOUT"
+
+    def act(self, work: Work, rank: int, world_size: int) -> None:
+        work.lay_out()
+
+
+class Pack(_OnWork):
+    """Writes a task's share of the shards."""
+
+    name, type = "tinyllama shards", "💾 - WRITER"
+
+    def act(self, work: Work, rank: int, world_size: int) -> None:
+        for split, number in work.shards()[rank::world_size]:
+            work.pack(split, number)
+
+
+class Publish(_OnWork):
     """Writes the manifest and gives the store its name."""
 
     name, type = "tinyllama manifest", "✅ - MANIFEST"
 
     def __init__(self, folder: str, target: str) -> None:
-        super().__init__()
-        self.folder, self.target = folder, target
+        super().__init__(folder)
+        self.target = target
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
-        Work.load(Path(self.folder)).publish(Path(self.target))
+    def act(self, work: Work, rank: int, world_size: int) -> None:
+        work.publish(Path(self.target))
 
 
 @dataclasses.dataclass(frozen=True)

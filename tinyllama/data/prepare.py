@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinyllama.data.documents import Rules
-from tinyllama.data.executors import ClusterOptions, Totals, run_local, run_ray, submit_slurm
+from tinyllama.data.durable import cannot_write, read_json
+from tinyllama.data.executors import ClusterOptions, Totals, refuse_running_jobs, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, find_inputs
-from tinyllama.data.store import SHARD_TOKENS, Manifest, read_manifest
-from tinyllama.data.work import Plan, Settings, Work, cannot_write, read_json
+from tinyllama.data.store import SHARD_TOKENS, SPLITS, Manifest, TokenStore, file_sha256, read_manifest
+from tinyllama.data.work import Plan, Settings, Work
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -41,7 +42,8 @@ def prepare(
 
     inputs: files, folders, or fsspec addresses. validation_fraction: share of documents held out, by their text and
     `seed`. workers: processes, default all cores; 0 works in this process. plain: SentencePiece without the cache of
-    words. DataError on unreadable input, no space, and where `output` is something else and not to be overwritten.
+    words. overwrite: write the store anew, whatever is there. DataError on unreadable input, no space, and where `output`
+    is something else and not to be overwritten.
     """
     target = Path(output).resolve()
     if not 0 <= validation_fraction < 1:
@@ -50,6 +52,8 @@ def prepare(
         raise DataError(f"seed {seed}", fix="give a number from 0 to below 2^64")
     if shard_tokens < 1 or (workers is not None and workers < 0):
         raise DataError(f"shard tokens {shard_tokens}, workers {workers}", fix="give numbers above zero")
+    if executor not in ("local", "slurm", "ray"):
+        raise DataError(f"executor {executor!r}", fix="give local, slurm or ray")
     settings = Settings(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
@@ -60,39 +64,59 @@ def prepare(
         shard_tokens=shard_tokens,
     )
     plan = Plan(settings, tuple(find_inputs(inputs, suffixes)))
-    ours = [target.with_name(target.name + suffix) for suffix in ("", ".partial", ".replaced")]
-    for file in plan.files:
-        if file.is_local and not set(ours).isdisjoint(Path(file.address).resolve().parents):
-            raise DataError(f"--output {target} would replace the input {file.address}", fix="give another --output")
-    for given in inputs:
-        if "://" not in str(given) and Path(given).is_dir() and Path(given).resolve() in target.resolve().parents:
-            raise DataError(f"--output {target} lies inside the input {given}", fix="give another --output")
-    work = Work(ours[1], plan)
-    if ours[1].exists() and not ((ours[1] / "lock").exists() and ours[1].is_dir()) and any(ours[1].iterdir()):
-        raise DataError(f"{ours[1]} is not an unfinished store", fix="move it away, or give another --output")
-    if target.exists():
-        is_store = (target / "manifest.json").exists()
-        if is_store and (read_json(target / "prepared.json") or {}).get("plan") == plan.key:
-            shutil.rmtree(work.folder, ignore_errors=True)
-            return read_manifest(target)
-        if not is_store and (not target.is_dir() or any(target.iterdir())):
-            raise DataError(f"{target} exists and is not a token store", fix="give another --output")
-        if is_store and not overwrite:
-            raise DataError(
-                f"{target} is a store of other inputs or settings", fix="give another --output, or --overwrite"
-            )
+    work = Work(target.with_name(f"{target.name}.partial"), plan)
     try:
+        _refuse_overlap(inputs, plan, target)
+        beside = target.with_name("tokenizer.model")
+        if beside.exists() and file_sha256(beside) != tokenizer.sha256:
+            raise DataError(
+                f"{beside} is not {tokenizer.path}, and the stores of a folder share one tokenizer",
+                fix="give that one, or an --output in another folder",
+            )
+        if not work.folder.exists() and (finished := _finished(target, plan, overwrite)):
+            return finished
         with work.lock():
+            refuse_running_jobs(work.folder)
+            if finished := _finished(target, plan, overwrite):
+                shutil.rmtree(work.folder)
+                return finished
             work.begin()
             shutil.copyfile(tokenizer.path, work.folder / "tokenizer.model")
             if executor == "slurm":
                 return submit_slurm(work, target, cluster or ClusterOptions(), plain)
             if executor == "ray":
                 run_ray(work, target, cluster or ClusterOptions(), plain)
-            elif executor == "local":
-                run_local(work, target, os.cpu_count() or 1 if workers is None else workers, plain, progress)
             else:
-                raise DataError(f"executor {executor!r}", fix="give local, slurm or ray")
+                run_local(work, target, os.cpu_count() or 1 if workers is None else workers, plain, progress)
     except OSError as error:
         raise cannot_write(error, work.folder) from None
     return read_manifest(target)
+
+
+def _refuse_overlap(inputs: Sequence[str | os.PathLike[str]], plan: Plan, target: Path) -> None:
+    """DataError if the store would replace an input, or be one at the next run."""
+    ours = {target.with_name(target.name + suffix) for suffix in ("", ".partial")}
+    for file in plan.files:
+        if file.is_local and not ours.isdisjoint(Path(file.address).resolve().parents):
+            raise DataError(f"--output {target} would replace the input {file.address}", fix="give another --output")
+    for given in inputs:
+        if "://" not in str(given) and Path(given).is_dir() and Path(given).resolve() in target.parents:
+            raise DataError(f"--output {target} lies inside the input {given}", fix="give another --output")
+
+
+def _finished(target: Path, plan: Plan, overwrite: bool) -> Manifest | None:
+    """The manifest if `target` is this plan's store, whole; None if it is to be written. DataError if it may not be."""
+    if not target.exists():
+        return None
+    if not (target / "manifest.json").exists():
+        if target.is_dir() and not any(target.iterdir()):
+            return None
+        raise DataError(f"{target} exists and is not a token store", fix="give another --output")
+    if overwrite:
+        return None
+    manifest = read_manifest(target)
+    if (read_json(target / "prepared.json") or {}).get("plan") != plan.key:
+        raise DataError(f"{target} is a store of other inputs or settings", fix="give another --output, or --overwrite")
+    for split in SPLITS:
+        TokenStore(target, split).check_sizes()
+    return manifest

@@ -36,7 +36,7 @@ LISTS = ("shards.jsonl", "inputs.jsonl", "skipped.jsonl")
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16
 CHUNK_TOKENS = 1 << 22  # read at a time where whole shards are read
 OPEN_SHARDS = 256  # files kept open at once
-AGAIN = "prepare the store again, or fetch it whole"
+AGAIN = "prepare the store again with --overwrite, or fetch it whole"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +120,14 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})", fix="grant read permission") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON ({error})", fix="prepare the store again") from None
+        raise DataError(f"{path} is not JSON ({error})", fix=AGAIN) from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or raw.pop("version", None) != VERSION:
-        raise DataError(f"{path} is not of format {FORMAT} version {VERSION}", fix="prepare the store again")
+        raise DataError(f"{path} is not of format {FORMAT} version {VERSION}", fix=AGAIN)
     try:
         expected, counts = raw.pop("sha256"), raw.pop("splits")
         manifest = Manifest(splits={name: SplitCounts(**counts[name]) for name in SPLITS}, **raw)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} lacks a field ({error})", fix="prepare the store again") from None
+        raise DataError(f"{path} lacks a field ({error})", fix=AGAIN) from None
     if manifest.sha256 != expected:
         raise DataError(f"{path} does not match its own checksum", fix=AGAIN)
     return manifest
@@ -152,9 +152,9 @@ def read_list(directory: str | os.PathLike[str], name: str) -> Iterator[dict[str
             for line in stream:
                 yield json.loads(line)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})", fix="prepare the store again") from None
+        raise DataError(f"{path} cannot be read ({error.strerror})", fix=AGAIN) from None
     except ValueError as error:
-        raise DataError(f"{path} is corrupt ({error})", fix="prepare the store again") from None
+        raise DataError(f"{path} is corrupt ({error})", fix=AGAIN) from None
 
 
 class TokenStore:

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +25,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from tinyllama.data.documents import Reader, Rules
+from tinyllama.data.documents import Rules
+from tinyllama.data.durable import durable, partial_name, read_json, write_json
 from tinyllama.data.inputs import InputFile
 from tinyllama.data.store import (
     LISTS,
     SEPARATOR_POLICY,
     SPLITS,
+    VERSION,
     Manifest,
     Shard,
     SplitCounts,
@@ -64,7 +63,7 @@ class Settings:
     @property
     def key(self) -> str:
         """Parts can be kept as long as this stays: all but the shards' size."""
-        return _hash([v for k, v in dataclasses.asdict(self).items() if k != "shard_tokens"])
+        return _hash([VERSION, *(v for k, v in dataclasses.asdict(self).items() if k != "shard_tokens")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,106 +76,13 @@ class Plan:
     @property
     def key(self) -> str:
         """The same for the same work, whenever and wherever it is asked for."""
-        return _hash([dataclasses.asdict(self.settings), [(f.name, f.size_bytes, f.version) for f in self.files]])
+        return _hash(
+            [VERSION, dataclasses.asdict(self.settings), [(f.name, f.size_bytes, f.version) for f in self.files]]
+        )
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def _partial(path: Path) -> Path:
-    """Another name for a file that is being written, which no other process of any host takes."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-
-
-@contextlib.contextmanager
-def _durable(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name when it is whole and on disk. Writers of the same do not meet."""
-    partial = _partial(path)
-    with open(partial, "w", encoding="utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    with _durable(path) as stream:
-        json.dump(value, stream)
-
-
-def read_json(path: Path) -> Any:
-    """The content, or None if the file is missing or was cut off by a crash."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def cannot_write(error: OSError, folder: Path) -> DataError:
-    """What an error of the operating system while writing means for a user."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = "free space and run the same command again; finished files are kept" if full else "give another --output"
-    return DataError(f"writing {error.filename or folder} failed ({error.strerror or error})", fix=fix)
-
-
-class PartWriter:
-    """Writes the tokens of one input file, a stream for each split; nothing counts before `finish`."""
-
-    def __init__(self, work: Work, index: int) -> None:
-        self.work, self.index = work, index
-        self.separator = int(work.plan.settings.separator_id).to_bytes(work.width, "little")
-        self.counts = {split: {"tokens": 0, "documents": 0, "bytes_of_text": 0} for split in SPLITS}
-        self._starts = {split: array("Q") for split in SPLITS}
-        work.part(index).parent.mkdir(parents=True, exist_ok=True)
-        self._streams = {split: open(self._partial(split, "tokens"), "wb", 1 << 20) for split in SPLITS}
-
-    def _partial(self, split: str, kind: str) -> Path:
-        return _partial(self.work.part_file(self.index, split, kind))
-
-    def add(self, split: str, encoded: bytes, bytes_of_text: int) -> None:
-        """One document: the separator, then its tokens (little-endian, in the store's dtype)."""
-        counts = self.counts[split]
-        self._starts[split].append(counts["tokens"])
-        stream = self._streams[split]
-        stream.write(self.separator)
-        stream.write(encoded)
-        counts["tokens"] += 1 + len(encoded) // self.work.width
-        counts["documents"] += 1
-        counts["bytes_of_text"] += bytes_of_text
-
-    def finish(self, reader: Reader) -> None:
-        """Make everything durable, then write the record that makes it valid."""
-        for split, stream in self._streams.items():
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-            with open(self._partial(split, "documents"), "wb") as documents:
-                documents.write(np.array(self._starts[split], dtype="<u8").tobytes())
-                documents.flush()
-                os.fsync(documents.fileno())
-            for kind in ("tokens", "documents"):
-                os.replace(self._partial(split, kind), self.work.part_file(self.index, split, kind))
-        file = self.work.plan.files[self.index]
-        record = {
-            "settings": self.work.plan.settings.key,
-            "version": file.version,
-            "identity": {"name": file.name, "bytes": file.size_bytes, "sha256": reader.sha256},
-            "records": reader.num_records,
-            "excluded": dict(sorted(reader.excluded.items())),
-            "skipped": reader.skipped,
-            "splits": self.counts,
-        }
-        write_json(self.work.part(self.index).with_suffix(".json"), record)
-
-    def abandon(self) -> None:
-        """Close and remove what was written."""
-        for split, stream in self._streams.items():
-            with contextlib.suppress(OSError):
-                stream.close()
-            for kind in ("tokens", "documents"):
-                self._partial(split, kind).unlink(missing_ok=True)
 
 
 class Work:
@@ -198,8 +104,7 @@ class Work:
             old.unlink()
         write_json(self.folder / "plan.json", dataclasses.asdict(self.plan))
         layout = read_json(self.folder / "layout.json")
-        records = [self.record(index) for index in range(len(self.plan.files))]
-        if layout and (None in records or self._layout(records) != layout):  # type: ignore[arg-type]
+        if layout and self._layout() != layout:
             (self.folder / "layout.json").unlink()
             for name in ("shards", "store"):
                 shutil.rmtree(self.folder / name)
@@ -219,12 +124,20 @@ class Work:
         """One preparation of a store at a time, on one machine. DataError if there is another."""
         import fcntl
 
+        if self.folder.exists() and not (self.folder / "lock").exists():
+            if not self.folder.is_dir() or any(self.folder.iterdir()):
+                raise DataError(
+                    f"{self.folder} is not an unfinished store", fix="move it away, or give another --output"
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(stream.fileno()), os.stat(self.folder / "lock"))
             except OSError:
-                raise DataError(f"{self.folder} is being written by another process", fix="wait for it") from None
+                held = False  # by another, or the folder went with the end of another's work
+            if not held:
+                raise DataError(f"{self.folder} is being written by another process", fix="wait for it")
             yield
 
     # -- Parts ------------------------------------------------------------------------------------------------------
@@ -238,6 +151,9 @@ class Work:
     def part_file(self, index: int, split: str, kind: str) -> Path:
         return self.part(index).with_suffix(f".{split}.{kind}")
 
+    def skipped_file(self, index: int) -> Path:
+        return self.part(index).with_suffix(".skipped.jsonl")
+
     def record(self, index: int) -> dict[str, Any] | None:
         """The record of a finished part; None if it has none, or belongs to another version of the input."""
         file, record = self.plan.files[index], read_json(self.part(index).with_suffix(".json"))
@@ -249,7 +165,7 @@ class Work:
     def is_finished(self, index: int) -> bool:
         """Whether the part is there, whole, or already lies in finished shards."""
         record = self.record(index)
-        if record is None:
+        if record is None or (record["skipped"] and not self.skipped_file(index).exists()):
             return False
         for split, counts in record["splits"].items():
             try:
@@ -264,33 +180,37 @@ class Work:
 
     # -- Layout and shards ------------------------------------------------------------------------------------------
 
-    def _layout(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        counts = [[r["splits"][s][k] for s in SPLITS for k in ("tokens", "documents")] for r in records]
+    def _layout(self) -> dict[str, Any] | None:
+        """Tokens of each part in each split, and a key of all that the shards' bytes depend on; None if one is missing."""
+        counts, identities = [], hashlib.sha256()
+        for index in range(len(self.plan.files)):
+            record = self.record(index)
+            if record is None:
+                return None
+            counts.append([record["splits"][split]["tokens"] for split in SPLITS])
+            identities.update(json.dumps([record["identity"]["sha256"], record["settings"]]).encode())
         layout = {"shard_tokens": self.plan.settings.shard_tokens, "parts": counts}
-        identities = [(record["identity"]["sha256"], record["settings"]) for record in records]
-        return {**layout, "key": _hash([layout, identities])}
+        return {**layout, "key": _hash([layout, identities.hexdigest()])}
 
     def lay_out(self) -> None:
         """Decide which tokens go to which shard. DataError if a part is missing or there is nothing to train on."""
-        records = []
-        for index, file in enumerate(self.plan.files):
-            record = self.record(index)
-            if record is None:
-                raise DataError(f"{file.address} is not tokenized yet", fix="run the same command again")
-            records.append(record)
-        if not sum(record["splits"]["train"]["tokens"] for record in records):
+        layout = self._layout()
+        if layout is None:
+            missing = next(file for index, file in enumerate(self.plan.files) if self.record(index) is None)
+            raise DataError(f"{missing.address} is not tokenized yet", fix="run the same command again")
+        if not any(counts[SPLITS.index("train")] for counts in layout["parts"]):
             raise DataError(
                 "the inputs hold no training documents", fix="give more text or a smaller validation fraction"
             )
-        write_json(self.folder / "layout.json", self._layout(records))
+        write_json(self.folder / "layout.json", layout)
 
     def _load_layout(self) -> dict[str, Any]:
         if not hasattr(self, "_loaded"):
             layout = read_json(self.folder / "layout.json")
             if layout is None:
                 raise DataError(f"{self.folder} has no layout", fix="run the same command again")
-            parts = np.array(layout["parts"], dtype=np.int64).reshape(-1, 2 * len(SPLITS))
-            ends = {split: np.cumsum(parts[:, 2 * n]) for n, split in enumerate(SPLITS)}
+            parts = np.array(layout["parts"], dtype=np.int64).reshape(-1, len(SPLITS))
+            ends = {split: np.cumsum(parts[:, n]) for n, split in enumerate(SPLITS)}
             self._loaded = {"key": layout["key"], "ends": ends}
         return self._loaded
 
@@ -336,7 +256,7 @@ class Work:
         parts = range(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1)
         name = shard_name(split, number)
         target = self.folder / "store" / name
-        partial = {kind: _partial(target.with_name(f"{name}.{kind}")) for kind in ("tokens", "documents")}
+        partial = {kind: partial_name(target.with_name(f"{name}.{kind}")) for kind in ("tokens", "documents")}
         digests = {kind: hashlib.sha256() for kind in partial}
         documents = 0
         with open(partial["tokens"], "wb") as tokens_out, open(partial["documents"], "wb") as documents_out:
@@ -372,33 +292,14 @@ class Work:
     def publish(self, target: Path) -> Manifest:
         """Write the lists and the manifest, then let the folder appear under its name. An older store of it goes."""
         store, settings = self.folder / "store", self.plan.settings
-        with _durable(store / "shards.jsonl") as stream:
+        with durable(store / "shards.jsonl") as stream:
             for split, number in self.shards():
                 record = self.shard_record(split, number)
                 if record is None:
                     raise DataError(f"shard {shard_name(split, number)} is not packed yet", fix="run the same again")
                 del record["layout"]
                 stream.write(json.dumps(record) + "\n")
-        totals = {split: dict.fromkeys(("tokens", "documents", "bytes_of_text"), 0) for split in SPLITS}
-        excluded: Counter[str] = Counter()
-        num_bytes = num_records = num_skipped = 0
-        with _durable(store / "inputs.jsonl") as inputs, _durable(store / "skipped.jsonl") as skipped:
-            for index in range(len(self.plan.files)):
-                record = self.record(index)
-                assert record is not None, "laid out, so recorded"
-                for split, counts in record["splits"].items():
-                    for key, value in counts.items():
-                        totals[split][key] += value
-                excluded.update(record["excluded"])
-                num_bytes += record["identity"]["bytes"]
-                num_records += record["records"]
-                num_skipped += len(record["skipped"])
-                kept = {"records": record["records"], "skipped": len(record["skipped"])}
-                entry = {**record["identity"], **kept, "excluded": record["excluded"], "splits": record["splits"]}
-                inputs.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                for number, reason in record["skipped"]:
-                    entry = {"input": record["identity"]["name"], "record": number, "reason": reason}
-                    skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        splits, provenance = self._write_lists(store)
         manifest = Manifest(
             dtype=settings.dtype,
             tokenizer_sha256=settings.tokenizer_sha256,
@@ -408,19 +309,12 @@ class Work:
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             shard_tokens=settings.shard_tokens,
-            splits={split: SplitCounts(**counts) for split, counts in totals.items()},
-            inputs={
-                "files": len(self.plan.files),
-                "bytes": num_bytes,
-                "records": num_records,
-                "skipped": num_skipped,
-                "excluded": dict(sorted(excluded.items())),
-                "rules": dataclasses.asdict(settings.rules),
-            },
+            splits=splits,
+            inputs={**provenance, "rules": dataclasses.asdict(settings.rules)},
             lists={name: file_sha256(store / name) for name in LISTS},
         )
         write_json(store / "prepared.json", {"plan": self.plan.key})
-        with _durable(store / "manifest.json") as stream:
+        with durable(store / "manifest.json") as stream:
             stream.write(manifest.to_json())
         old = self.folder / f"replaced-{os.getpid()}"  # below our own folder: no name that could be somebody's
         if target.exists():
@@ -428,6 +322,31 @@ class Work:
         os.replace(store, target)
         shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
+
+    def _write_lists(self, store: Path) -> tuple[dict[str, SplitCounts], dict[str, Any]]:
+        """Write inputs.jsonl and skipped.jsonl; returns the counts of each split and of all inputs."""
+        totals = {split: dict.fromkeys(("tokens", "documents", "bytes_of_text"), 0) for split in SPLITS}
+        excluded: Counter[str] = Counter()
+        sums = dict.fromkeys(("bytes", "records", "skipped"), 0)
+        with durable(store / "inputs.jsonl") as inputs, durable(store / "skipped.jsonl") as skipped:
+            for index in range(len(self.plan.files)):
+                record = self.record(index)
+                assert record is not None, "laid out, so recorded"
+                for split, counts in record["splits"].items():
+                    for key, value in counts.items():
+                        totals[split][key] += value
+                excluded.update(record["excluded"])
+                kept = {key: record[key] for key in ("records", "skipped", "excluded", "splits")}
+                for key in sums:
+                    sums[key] += record["identity"]["bytes"] if key == "bytes" else record[key]
+                inputs.write(json.dumps({**record["identity"], **kept}, ensure_ascii=False) + "\n")
+                if record["skipped"]:
+                    with open(self.skipped_file(index), encoding="utf-8") as stream:
+                        for number, reason in map(json.loads, stream):
+                            entry = {"input": record["identity"]["name"], "record": number, "reason": reason}
+                            skipped.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        counted = {"files": len(self.plan.files), **sums, "excluded": dict(sorted(excluded.items()))}
+        return {split: SplitCounts(**counts) for split, counts in totals.items()}, counted
 
 
 def _copy(source: Path, offset: int, count: int, out: IO[bytes], digest: Any) -> None:

@@ -348,6 +348,8 @@ def test_no_permission_is_one_line(inputs, tokenizer_model, tmp_path):
 
     closed.chmod(0o500)
     assert "closed" in run(closed / "store")
+    closed.chmod(0)
+    assert "closed" in run(closed / "store")
     source.chmod(0)
     assert "0.jsonl.zst is not readable" in run(tmp_path / "store")
 

@@ -16,7 +16,7 @@ from tinyllama.data.durable import cannot_write, read_json
 from tinyllama.data.executors import ClusterOptions, Totals, refuse_running_jobs, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, find_inputs
 from tinyllama.data.store import SHARD_TOKENS, SPLITS, Manifest, TokenStore, file_sha256, read_manifest
-from tinyllama.data.work import Plan, Settings, Work
+from tinyllama.data.work import Plan, Settings, Work, lock
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -75,7 +75,7 @@ def prepare(
             )
         if not work.folder.exists() and (finished := _finished(target, plan, overwrite)):
             return finished
-        with work.lock():
+        with lock(work.folder):
             refuse_running_jobs(work.folder)
             if finished := _finished(target, plan, overwrite):
                 shutil.rmtree(work.folder)

@@ -85,6 +85,26 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One preparation of a store at a time, on one machine; makes the folder. DataError if there is another."""
+    import fcntl
+
+    ours = (folder / "lock").exists() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not ours:
+        raise DataError(f"{folder} is not an unfinished store", fix="move it away, or give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / "lock"))
+        except OSError:
+            held = False  # by another, or the folder went with the end of another's work
+        if not held:
+            raise DataError(f"{folder} is being written by another process", fix="wait for it")
+        yield
+
+
 class Work:
     """One unfinished store on disk."""
 
@@ -118,27 +138,6 @@ class Work:
         rules["exclude"] = tuple((field, tuple(values)) for field, values in rules["exclude"])
         settings = Settings(rules=Rules(**rules), **raw["settings"])
         return cls(folder, Plan(settings, tuple(InputFile(**file) for file in raw["files"])))
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """One preparation of a store at a time, on one machine. DataError if there is another."""
-        import fcntl
-
-        if self.folder.exists() and not (self.folder / "lock").exists():
-            if not self.folder.is_dir() or any(self.folder.iterdir()):
-                raise DataError(
-                    f"{self.folder} is not an unfinished store", fix="move it away, or give another --output"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = os.path.samestat(os.fstat(stream.fileno()), os.stat(self.folder / "lock"))
-            except OSError:
-                held = False  # by another, or the folder went with the end of another's work
-            if not held:
-                raise DataError(f"{self.folder} is being written by another process", fix="wait for it")
-            yield
 
     # -- Parts ------------------------------------------------------------------------------------------------------
 

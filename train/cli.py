@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from train.nodes import Nodes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -24,7 +27,10 @@ def train_command(
     num_accelerators: Annotated[
         int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")
     ] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile, for several machines.")] = None,
+    nodes: Annotated[int, typer.Option(help="Machines; run the same command on each. Under srun, Slurm says it.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(help="Which machine this is, from 0.")] = None,
+    master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile: several machines, through ssh.")] = None,
     launcher: Annotated[str, typer.Option(help="Further arguments of the DeepSpeed launcher, as one string.")] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show batch, memory, traffic, epochs and days; launch nothing.")
@@ -45,6 +51,8 @@ def train_command(
       tinyllama train --recipe tinyllama_120m --num-accelerators 2 --set training.tokens=1e9 --output runs/120m
 
       tinyllama train --dry-run --num-accelerators 64 --device A100-40G --deepspeed zero1
+
+      tinyllama train --nodes 2 --node-rank 0 --master 10.0.0.1:29500 --output /shared/1b
 
       tinyllama train --hostfile hosts --deepspeed my_zero3.json --launcher "--master_port 29600"
     """
@@ -75,18 +83,22 @@ def train_command(
 
         from train.dry_run import describe, show
 
-        found = describe(wanted, raw, data, num_accelerators or 1, device, mfu, gigabytes_per_s)
+        found = describe(wanted, raw, data, (num_accelerators or 1) * nodes, device, mfu, gigabytes_per_s)
         print(json.dumps(found)) if as_json else show(found)
         return
-    if num_accelerators is not None and hostfile is None:
-        planning.resolve_deepspeed(raw, wanted, num_accelerators)
+    several = find_nodes(nodes, node_rank, master, num_accelerators)
+    if several and hostfile:
+        raise ConfigError("--nodes and --hostfile both name the machines", fix="give one of them")
+    ranks = several.ranks if several else num_accelerators
+    if ranks is not None and hostfile is None:
+        planning.resolve_deepspeed(raw, wanted, ranks)
     mixture = planning.open_mixture(wanted, data)
     if resume != "never":
         # Checked again by the run itself, with the checksums; here it costs no launch.
         for _, newest in checkpoint.list_checkpoints(output)[-1:]:
             new = {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}
             refuse_other_run(checkpoint.read_json(newest / "state.json"), new, newest)
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=several is not None and several.rank > 0)
     steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")
     for name, epochs in mixture.epochs(steps * (batch // wanted.data.sequence_length)).items():
@@ -98,5 +110,25 @@ def train_command(
     script += [argument for entry in setting for argument in ("--set", entry)]
     arguments = shlex.split(launcher)
     arguments += ["--hostfile", str(hostfile)] if hostfile else []
+    if several:
+        with several.launcher_arguments() as machines:
+            sys.exit(launch([*arguments, *machines], script))
     arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
     sys.exit(launch(arguments, script))
+
+
+def find_nodes(nodes: int, node_rank: int | None, master: str | None, accelerators: int | None) -> Nodes | None:
+    """The machines that take part, from the command line or from Slurm; None for this one alone."""
+    import os
+
+    from train import nodes as machines
+
+    if nodes == 1 and node_rank is None and master is None and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+        return None
+    if accelerators is None:
+        import torch
+
+        accelerators = max(1, torch.cuda.device_count())
+    if nodes == 1 and node_rank is None and master is None:
+        return machines.from_slurm(os.environ, accelerators)
+    return machines.given(nodes, node_rank, master, accelerators)

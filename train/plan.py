@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.data.loader import Mixture, Source
-from tinyllama.errors import ConfigError, DataError
+from tinyllama.errors import ConfigError, DataError, nearest
 from train.recipe import Recipe
 
 # Enough positions at once to keep a GPU busy; more only costs memory. A recipe or the JSON can say otherwise.
 MICRO_BATCH_TOKENS = 16384
+# What a DeepSpeed JSON may say beside what the recipe decides. DeepSpeed itself ignores a misspelt name in silence.
+DEEPSPEED_KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "data_types", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "compile", "aio"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "timers", "log_level"),
+    *("wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state", "disable_python_gc"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,11 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
+    for key in config:
+        if key not in DEEPSPEED_KEYS:
+            raise ConfigError(
+                f"{path}: {key!r} is not a setting for this training", fix=nearest(key, list(DEEPSPEED_KEYS))
+            )
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(
@@ -84,8 +97,13 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, ranks: int) -> tuple[dict[str, Any], BatchPlan]:
-    """The JSON with every "auto" resolved, and the batch plan. Contradictions with the recipe are refused."""
+def resolve_deepspeed(
+    config: dict[str, Any], recipe: Recipe, ranks: int, ranks_per_node: int | None = None
+) -> tuple[dict[str, Any], BatchPlan]:
+    """The JSON with every "auto" resolved, and the batch plan. Contradictions with the recipe are refused.
+
+    ranks_per_node: on each machine; all of them when None.
+    """
     resolved = copy.deepcopy(config)
     given = resolved.get("train_micro_batch_size_per_gpu", "auto")
     micro = recipe.training.micro_batch_sequences or (None if given == "auto" else given)
@@ -107,6 +125,8 @@ def resolve_deepspeed(config: dict[str, Any], recipe: Recipe, ranks: int) -> tup
     if zero["stage"] == 3:
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden
+        if "zero_hpz_partition_size" in zero:  # a second copy of the weights in each machine; 1 where there is but one
+            sizes["zero_hpz_partition_size"] = ranks_per_node if ranks_per_node and ranks_per_node < ranks else 1
     for key, value in sizes.items():
         if zero.get(key, "auto") == "auto":
             zero[key] = value

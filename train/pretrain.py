@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     deepspeed_config = planning.read_deepspeed(arguments.deepspeed)
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    deepspeed_config, plan = planning.resolve_deepspeed(deepspeed_config, recipe, ranks)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks)))
+    deepspeed_config, plan = planning.resolve_deepspeed(deepspeed_config, recipe, ranks, ranks_per_node)
     mixture = planning.open_mixture(recipe, arguments.data)
     tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]

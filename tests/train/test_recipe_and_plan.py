@@ -140,3 +140,24 @@ def test_other_vocabulary_is_refused(stores):
     recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, tokens=8192))
     with pytest.raises(ConfigError, match=r"600 pieces, model\.vocab_size=4096"):
         open_mixture(recipe, stores)
+
+
+def test_misspelt_deepspeed_settings_are_refused(tmp_path):
+    """DeepSpeed itself says nothing of an unknown section, and the run goes on without what was meant."""
+    config = {**json.loads((CONFIGS / "zero3.json").read_text()), "gradient_cliping": 1.0}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"'gradient_cliping' is not a setting.*did you mean gradient_clipping"):
+        read_deepspeed(tmp_path / "ds.json")
+
+
+def test_the_second_copy_of_the_weights_stays_inside_a_machine():
+    raw = read_deepspeed(CONFIGS / "zero3_hierarchical.json")
+    sizes = {
+        (ranks, per_node): resolve_deepspeed(raw, load_recipe(), ranks, per_node)[0]["zero_optimization"]
+        for ranks, per_node in ((64, 8), (8, 8), (16, None))
+    }
+    assert {key: zero["zero_hpz_partition_size"] for key, zero in sizes.items()} == {
+        (64, 8): 8,
+        (8, 8): 1,
+        (16, None): 1,
+    }

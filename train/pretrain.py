@@ -70,6 +70,18 @@ def parameter_groups(model, recipe: Recipe) -> list[dict]:
     ]
 
 
+def build_optimizer(model, recipe: Recipe, offloaded: bool):
+    """AdamW: torch's fused one, or DeepSpeed's for an optimizer that lives in host memory."""
+    groups, settings = parameter_groups(model, recipe), recipe.optimizer
+    if offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
+    import torch
+
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """One training run, from the command line to the last checkpoint. Returns the exit code."""
     # -- What and how, checked before anything heavy is imported ---------------------------------------------------
@@ -140,13 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))
     else:
         model.initialize(recipe.training.seed)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe),
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, recipe, "offload_optimizer" in deepspeed_config["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     if recipe.training.compile:
         engine.compile()

@@ -224,6 +224,22 @@ def test_every_stage_resumes_itself_bit_for_bit_and_goes_on_with_stage_3s_checkp
         assert (tensor - expected[name]).abs().mean() < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "tolerance"),
+    [("zero3_offload", {}, 5e-4), ("zero3_hierarchical", {"zero_hpz_partition_size": 2}, 0)],
+)
+def test_other_forms_of_stage_3_go_on_with_its_checkpoint(finished_run, stores, tmp_path, name, change, tolerance):
+    """Offloaded, DeepSpeed's own Adam makes the step; a second copy of the weights changes nothing at all."""
+    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    config["zero_optimization"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copytree(finished_run, tmp_path / "run")
+    for step in (9, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint.step_name(step))
+    train(stores, tmp_path / "run", "training.tokens=6912", extra=("--deepspeed", str(tmp_path / "config.json")))
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished_run), abs=tolerance)
+
+
 def test_a_broken_newest_checkpoint_is_skipped_with_a_warning(finished_run, stores, tmp_path):
     run = tmp_path / "corrupt"
     shutil.copytree(finished_run, run)

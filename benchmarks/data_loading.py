@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from record import record, show
 
+from tinyllama.data.defaults import SHARD_TOKENS
 from tinyllama.data.loader import Mixture, Source
 from tinyllama.data.store import (
     LISTS,
     SEPARATOR_POLICY,
-    SHARD_TOKENS,
     Manifest,
     SplitCounts,
     shard_name,

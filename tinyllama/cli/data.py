@@ -7,6 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyllama.data.defaults import (
+    MAX_DOCUMENT_BYTES,
+    SEED,
+    SHARD_TOKENS,
+    TASK_MEMORY_GB,
+    TASK_TIME,
+    TASKS,
+    VALIDATION_FRACTION,
+)
+
 app = typer.Typer(rich_markup_mode="rich")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
@@ -29,16 +39,18 @@ def prepare(
         list[str] | None, typer.Option(help="field=value: leave such documents out. Repeatable; meta.x for nested.")
     ] = None,
     bad_records: Annotated[str, typer.Option(help="refuse (one error) or skip (listed in the store).")] = "refuse",
-    max_document_bytes: Annotated[int, typer.Option(help="Longer texts are skipped, and listed.")] = 16 << 20,
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents held out, by their text.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = 1337,
+    max_document_bytes: Annotated[int, typer.Option(help="Longer texts are skipped, and listed.")] = MAX_DOCUMENT_BYTES,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out, by their text.")
+    ] = VALIDATION_FRACTION,
+    seed: Annotated[int, typer.Option(help="Decides which documents are held out.")] = SEED,
     workers: Annotated[int | None, typer.Option(help="Processes, or tasks at a time; default all.")] = None,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens in each shard.")] = 1 << 30,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in each shard.")] = SHARD_TOKENS,
     executor: Annotated[str, typer.Option(help="local, slurm or ray.")] = "local",
-    tasks: Annotated[int, typer.Option(help="Slurm, Ray: into how many tasks the work is divided.")] = 256,
+    tasks: Annotated[int, typer.Option(help="Slurm, Ray: into how many tasks the work is divided.")] = TASKS,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
-    time: Annotated[str, typer.Option(help="Slurm: limit for a task.")] = "24:00:00",
-    memory_gb: Annotated[int, typer.Option(help="Slurm, Ray: memory of a task.")] = 2,
+    time: Annotated[str, typer.Option(help="Slurm: limit for a task.")] = TASK_TIME,
+    memory_gb: Annotated[int, typer.Option(help="Slurm, Ray: memory of a task.")] = TASK_MEMORY_GB,
     sbatch: Annotated[list[str] | None, typer.Option(help="Slurm: key=value for sbatch. Repeatable.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="SentencePiece without the cache of words: slower.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store of other inputs.")] = False,

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from tinyllama.data.defaults import MAX_DOCUMENT_BYTES
 from tinyllama.data.inputs import SUFFIXES, HashedStream, InputFile
 from tinyllama.errors import DataError, nearest
 
 TEXT_FIELDS = ("text", "content")
-MAX_DOCUMENT_BYTES = 16 << 20
 PRESETS = Path(__file__).parent / "presets"
 READ_BYTES = 1 << 18
 

@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tinyllama.data.defaults import TASK_MEMORY_GB, TASK_TIME, TASKS
 from tinyllama.data.durable import read_json, write_json
 from tinyllama.data.pipeline import REPORT_SECONDS, Stage, stages
 from tinyllama.data.work import Work
@@ -167,11 +168,11 @@ def run_local(work: Work, target: Path, workers: int, plain: bool, progress: Cal
 class ClusterOptions:
     """How a cluster runs the tasks. time: Slurm's limit for a task. sbatch: further `--key=value` for sbatch."""
 
-    tasks: int = 256
+    tasks: int = TASKS
     workers: int | None = None
     partition: str | None = None
-    time: str = "24:00:00"
-    memory_gb: int = 2
+    time: str = TASK_TIME
+    memory_gb: int = TASK_MEMORY_GB
     sbatch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tinyllama.data.defaults import SEED, SHARD_TOKENS, VALIDATION_FRACTION
 from tinyllama.data.documents import Rules
 from tinyllama.data.durable import cannot_write, read_json
 from tinyllama.data.executors import ClusterOptions, Totals, refuse_running_jobs, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, find_inputs
-from tinyllama.data.store import SHARD_TOKENS, SPLITS, Manifest, TokenStore, file_sha256, read_manifest
+from tinyllama.data.store import SPLITS, Manifest, TokenStore, file_sha256, read_manifest
 from tinyllama.data.work import Plan, Settings, Work, lock
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
@@ -28,8 +29,8 @@ def prepare(
     *,
     rules: Rules | None = None,
     suffixes: tuple[str, ...] = SUFFIXES,
-    validation_fraction: float = 0.01,
-    seed: int = 1337,
+    validation_fraction: float = VALIDATION_FRACTION,
+    seed: int = SEED,
     workers: int | None = None,
     executor: str = "local",
     cluster: ClusterOptions | None = None,

@@ -33,7 +33,6 @@ FORMAT, VERSION = "tinyllama-token-store", 2
 SEPARATOR_POLICY = "bos-before-each-document"
 SPLITS = ("train", "validation")
 LISTS = ("shards.jsonl", "inputs.jsonl", "skipped.jsonl")
-SHARD_TOKENS = 1 << 30  # 2 GiB of uint16
 CHUNK_TOKENS = 1 << 22  # read at a time where whole shards are read
 OPEN_SHARDS = 256  # files kept open at once
 AGAIN = "prepare the store again with --overwrite, or fetch it whole"

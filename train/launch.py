@@ -16,6 +16,7 @@ from pathlib import Path
 from tinyllama.errors import MissingExtraError
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, an end, and Slurm's warning of one
 
 
 def launcher() -> list[str]:
@@ -56,7 +57,7 @@ def ranks_below(pid: int) -> list[int]:
 
 
 def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
-    """Run the launcher to its end; returns its exit code. SIGINT and SIGTERM become SIGTERM for every rank."""
+    """Run the launcher to its end; returns its exit code. Any of SIGNALS becomes SIGTERM for every rank."""
     import time
 
     if not any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in launcher_arguments):
@@ -71,9 +72,9 @@ def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -
         for pid in ranks:
             os.kill(pid, signal.SIGTERM)
         if not ranks:  # not started yet, or on other hosts: the launcher has to do it
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         while (code := process.poll()) is None:
             time.sleep(0.1)

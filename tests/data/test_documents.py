@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -230,62 +227,3 @@ def test_nothing_behind_a_link_is_left_out_unsaid(tmp_path):
 def test_nan_in_another_field_is_no_reason_to_refuse(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine", "score": NaN}\n')
     assert read(tmp_path / "a.jsonl")[0] == ["fine"]
-
-
-@pytest.fixture
-def server(tmp_path):
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_address[1]}"
-    httpd.shutdown()
-
-
-def test_remote_files_read_as_local_ones(tmp_path, server):
-    (tmp_path / "a.jsonl.zst").write_bytes(FRAMES)
-    pq.write_table(pa.table({"content": TEXTS}), tmp_path / "b.parquet")
-    for name in ("a.jsonl.zst", "b.parquet"):
-        (file,) = find_inputs([f"{server}/{name}"])
-        assert not file.is_local
-        assert file.name == name
-        reader = Reader(file)
-        assert list(reader) == TEXTS
-        assert reader.sha256 == file_sha256(tmp_path / name)
-
-
-def test_remote_folders_and_patterns_are_listed():
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    for name in ("/corpus/b/2.jsonl", "/corpus/a/1.jsonl", "/corpus/readme.pdf"):
-        memory.pipe(name, LINES)
-    found = find_inputs(["memory://corpus"])
-    assert [file.name for file in found] == ["a/1.jsonl", "b/2.jsonl"]
-    assert list(read_documents(found[1])) == TEXTS
-    assert [file.name for file in find_inputs(["memory://corpus/*/1.jsonl"])] == ["a/1.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("address", "words"),
-    [
-        ("s3://bucket/x.jsonl", r"tinyllama\[s3\]"),
-        ("gs://bucket/x.jsonl", r"tinyllama\[gcs\]"),
-        ("nosuch://x", "nosuch"),
-        ("http://127.0.0.1:9/x.jsonl", "127.0.0.1:9"),
-        ("memory://missing/x.jsonl", "does not exist"),
-        ("/missing/x.jsonl", "does not exist"),
-    ],
-)
-def test_addresses_that_cannot_be_read_are_one_line(address, words):
-    import importlib.util
-
-    from tinyllama.errors import UserError
-
-    if address.startswith("s3") and importlib.util.find_spec("s3fs"):
-        pytest.skip("s3fs is installed")
-    if address.startswith("gs") and importlib.util.find_spec("gcsfs"):
-        pytest.skip("gcsfs is installed")
-    with pytest.raises(UserError, match=words) as error:
-        find_inputs([address])
-    assert "\n" not in str(error.value)

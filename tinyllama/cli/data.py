@@ -108,6 +108,7 @@ def prepare(
             plain=plain,
             overwrite=overwrite,
             progress=progress.update,
+            notice=progress.notice,
         )
     _keep_tokenizer(output, loaded)
     if isinstance(result, list):
@@ -144,6 +145,9 @@ class _PrepareProgress:
 
     def __exit__(self, *error: object) -> None:
         self.progress.__exit__(*error)  # type: ignore[arg-type]
+
+    def notice(self, text: str) -> None:
+        self.progress.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def update(self, totals: Any) -> None:
         speed = totals.text_bytes / max(1e-9, self.clock() - self.started) / 1e6

@@ -25,6 +25,7 @@ from tinyllama.errors import DataError, nearest
 TEXT_FIELDS = ("text", "content")
 PRESETS = Path(__file__).parent / "presets"
 READ_BYTES = 1 << 18
+BATCH_BYTES = 4 << 20  # of a parquet file, decoded at a time
 
 if TYPE_CHECKING:
     from tinyllama.data.part import SkippedRecords
@@ -118,6 +119,8 @@ class Reader:
                 self.skipped.append((number, f"longer than {self.rules.max_document_bytes:,} bytes ({size:,})"))
             else:
                 yield text
+        if self._raw.num_bytes != self.file.size_bytes or self.file.has_changed():
+            raise DataError(f"{self.file.address} changed while it was read", fix="run the same command again")
         self.bytes_read = self.file.size_bytes
 
     def _text(self, record: Any) -> str | None:
@@ -155,7 +158,7 @@ class Reader:
 
     def _lines(self) -> Iterator[tuple[str, Any]]:
         name, number = self.file.address, 0
-        raw = HashedStream(self.file.open())
+        raw = self._raw = HashedStream(self.file)
         longest = 6 * self.rules.max_document_bytes + (1 << 16)  # JSON writes a character in at most six bytes
         try:
             with _decompressed(self.file.name.lower(), raw) as stream:
@@ -187,7 +190,7 @@ class Reader:
         name, rules = self.file.address, self.rules
         with contextlib.ExitStack() as stack:
             path: Any = name
-            raw = HashedStream(self.file.open())
+            raw = self._raw = HashedStream(self.file)
             if not self.file.is_local:
                 # Parquet is read back and forth: from a copy without a name, gone when this file has been read.
                 path = stack.enter_context(tempfile.TemporaryFile())
@@ -198,24 +201,23 @@ class Reader:
                 # A buffer instead of whole column chunks keeps the memory small.
                 table = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
                 names = table.schema_arrow.names
-                fields = [f for f in ((rules.text_field,) if rules.text_field else TEXT_FIELDS) if f in names][:1]
+                fields = [f for f in ((rules.text_field,) if rules.text_field else TEXT_FIELDS) if f in names]
                 if not fields:
                     wanted = rules.text_field or " or ".join(TEXT_FIELDS)
                     raise DataError(f"{name} has columns {', '.join(names)}", fix=f"{wanted} is needed")
                 rows, total = 0, max(1, table.metadata.num_rows)
                 columns = [*fields, *(field for field, _ in rules.exclude)]
-                for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
-                    values = batch.column(0).to_pylist() if not rules.exclude else batch.to_pylist()
-                    for value in values:
+                for batch in _batches(table, columns):
+                    for record in batch.to_pylist():
                         rows += 1
-                        yield f"{name}, row {rows},", {fields[0]: value} if not rules.exclude else value
+                        yield f"{name}, row {rows},", record
                     self.bytes_read = self.file.size_bytes * rows // total
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 first = str(error).splitlines()[0]
                 raise DataError(f"{name} is not a readable parquet file ({first})", fix="fetch it again") from None
 
     def _whole(self) -> Iterator[tuple[str, Any]]:
-        raw = HashedStream(self.file.open())
+        raw = self._raw = HashedStream(self.file)
         if self.file.size_bytes > 4 * self.rules.max_document_bytes:
             self.sha256 = raw.finish()
             yield self.file.address, _Bad(f"is longer than {self.rules.max_document_bytes:,} bytes")
@@ -227,6 +229,17 @@ class Reader:
             yield self.file.address, data.decode("utf-8")
         except UnicodeDecodeError as error:
             yield self.file.address, _Bad(f"is not UTF-8 ({error})")
+
+
+def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
+    """The rows of a parquet file, so many at a time that they are some megabytes."""
+    wanted = {name.split(".")[0] for name in columns}
+    for index in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(index)
+        chunks = (group.column(number) for number in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
+        rows = max(1, min(64, group.num_rows * BATCH_BYTES // max(1, size)))
+        yield from table.iter_batches(batch_size=rows, row_groups=[index], columns=columns, use_threads=False)
 
 
 def _decompressed(name: str, raw: HashedStream) -> IO[bytes]:

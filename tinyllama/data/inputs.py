@@ -9,15 +9,30 @@ import dataclasses
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from tinyllama.errors import DataError, MissingExtraError
 
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+LINE_SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
+    *(".json.gz", ".json.zst"),
+)
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*LINE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
+# Data in forms that are not read: as text they would be nonsense.
+FOREIGN_SUFFIXES = (
+    *(".json", ".csv", ".tsv", ".bz2", ".xz", ".lz4", ".gz", ".zst", ".zip", ".tar", ".tgz", ".7z"),
+    *(".arrow", ".feather", ".avro", ".orc", ".npy", ".bin", ".safetensors"),
+)
+# What file systems call the mark of a file's content: S3, GCS, others, Hugging Face, HTTP.
+VERSION_MARKS = (
+    *("ETag", "LastModified", "etag", "md5Hash", "mtime", "oid"),
+    *("blob_id", "xet_hash", "Last-Modified", "Content-MD5"),
+)
+TRIES = 5  # of reading from a remote address, with waits of 0.5 to 4 seconds between them
 FIX = "give files or folders of .jsonl, .parquet or text"
 # What brings each kind of address; huggingface_hub (hf://) and aiohttp (https://) come with the data extra.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -48,6 +63,16 @@ class InputFile:
             return "lines"
         return "parquet" if lower.endswith(".parquet") else "text"
 
+    def has_changed(self) -> bool:
+        """Whether a local file is no longer the one that was found. Of a remote one this cannot be told."""
+        if not self.is_local:
+            return False
+        try:
+            status = os.stat(self.address)
+        except OSError:
+            return True
+        return (status.st_size, str(status.st_mtime_ns)) != (self.size_bytes, self.version)
+
     def open(self) -> IO[bytes]:
         """The file's raw bytes. DataError if it cannot be opened."""
         try:
@@ -62,10 +87,14 @@ class InputFile:
 
 
 class HashedStream(io.RawIOBase):
-    """A stream of bytes that counts and hashes what passes, so that provenance costs no second reading."""
+    """A file's bytes, counted and hashed as they pass, so that provenance costs no second reading.
 
-    def __init__(self, source: IO[bytes]) -> None:
-        self._source = source
+    A remote file whose connection breaks is opened again and continued. DataError if the file cannot be read.
+    """
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+        self._source = file.open()
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -73,11 +102,43 @@ class HashedStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._source.read(len(buffer))
+        data = self._read(len(buffer))
         buffer[: len(data)] = data
         self._digest.update(data)
         self.num_bytes += len(data)
         return len(data)
+
+    def _read(self, count: int) -> bytes:
+        wait_s = 0.5
+        for attempt in range(1, TRIES + 1):
+            try:
+                if attempt > 1:
+                    self._open_again()
+                data = self._source.read(count)
+                if data or count == 0 or self._file.is_local or self.num_bytes >= self._file.size_bytes:
+                    return data
+                raise ConnectionError(f"ended after {self.num_bytes:,} of {self._file.size_bytes:,} bytes")
+            except Exception as error:  # every remote store has exceptions of its own
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                if self._file.is_local:
+                    raise DataError(f"{self._file.address} cannot be read ({reason})", fix="check its disk") from None
+                if attempt == TRIES:
+                    raise DataError(
+                        f"{self._file.address} cannot be read ({reason}), tried {TRIES} times",
+                        fix="run the same command again when it answers; finished files are kept",
+                    ) from None
+                time.sleep(wait_s)
+                wait_s *= 2
+        raise AssertionError("the last try returns or raises")
+
+    def _open_again(self) -> None:
+        self._source = self._file.open()
+        try:
+            self._source.seek(self.num_bytes)
+        except (OSError, ValueError):  # a server that sends whole files only
+            rest = self.num_bytes
+            while rest and (data := self._source.read(min(rest, 1 << 20))):
+                rest -= len(data)
 
     def finish(self) -> str:
         """Read what is left, close, and give the sha256 of the whole."""
@@ -102,11 +163,11 @@ def _filesystem(address: str) -> tuple[Any, str]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    marks = {key: str(info[key]) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "oid") if key in info}
+    marks = {key: str(info[key]) for key in VERSION_MARKS if key in info}
     return repr(sorted(marks.items()))
 
 
-def _find_local(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+def _find_local(given: str, suffixes: tuple[str, ...], left_out: list[str]) -> list[InputFile]:
     root = Path(given)
 
     def refuse(error: OSError) -> None:
@@ -121,8 +182,11 @@ def _find_local(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
             if real in visited:
                 raise DataError(f"{folder} is reached twice, by a link", fix="remove the link")
             visited.add(real)
-            paths = [Path(folder) / name for name in names if name.lower().endswith(suffixes)]
-            found += [_local_input(path, path.relative_to(root).as_posix()) for path in paths]
+            for path in (Path(folder) / name for name in names):
+                if path.name.lower().endswith(suffixes):
+                    found.append(_local_input(path, path.relative_to(root).as_posix()))
+                else:
+                    left_out.append(str(path))
         return found
     except FileNotFoundError as error:
         raise DataError(
@@ -130,14 +194,20 @@ def _find_local(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
         ) from None
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable", fix="grant read permission") from None
+    except OSError as error:  # a link to itself, a name that is too long
+        raise DataError(f"{error.filename} cannot be looked at ({error.strerror})", fix="remove it") from None
 
 
 def _local_input(path: Path, name: str) -> InputFile:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of {str(path)!a} is not UTF-8", fix="rename it") from None
     status = path.stat()
     return InputFile(str(path), name, status.st_size, str(status.st_mtime_ns))
 
 
-def _find_remote(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+def _find_remote(given: str, suffixes: tuple[str, ...], left_out: list[str]) -> list[InputFile]:
     filesystem, root = _filesystem(given)
     protocol = given.split("://", 1)[0]
 
@@ -165,23 +235,32 @@ def _find_remote(given: str, suffixes: tuple[str, ...]) -> list[InputFile]:
             f"{given} cannot be listed ({type(error).__name__}: {error})", fix="check the address"
         ) from None
     base = root.rstrip("/") + "/"
+    left_out += [path for path in found if not path.lower().endswith(suffixes)]
     return [as_input(p, i, p.removeprefix(base)) for p, i in found.items() if p.lower().endswith(suffixes)]
 
 
-def find_inputs(inputs: Iterable[str | os.PathLike[str]], suffixes: tuple[str, ...] = SUFFIXES) -> list[InputFile]:
+def find_inputs(
+    inputs: Iterable[str | os.PathLike[str]], suffixes: tuple[str, ...] = SUFFIXES, left_out: list[str] | None = None
+) -> list[InputFile]:
     """The files behind paths, folders and addresses, in an order that does not depend on any directory's listing.
 
-    A folder contributes its files with one of `suffixes`, recursively; a file named directly is taken whatever its
-    suffix. DataError if an input is missing or empty, or if a file would be read twice.
+    A folder contributes its files with one of `suffixes`, recursively, and the others are added to `left_out`; a file named
+    directly is taken for text if its suffix says nothing. DataError if an input is missing, empty, or of a form that is
+    not read, or if a file would be read twice.
     """
     found: list[InputFile] = []
+    others: list[str] = [] if left_out is None else left_out
     for given in map(str, inputs):
         given = given.removeprefix("file://")
-        files = _find_remote(given, suffixes) if "://" in given else _find_local(given, suffixes)
+        find = _find_remote if "://" in given else _find_local
+        files = find(given, suffixes, others)
         if not files and "://" not in given and not os.path.lexists(given):
             raise DataError(f"input {given} does not exist", fix=FIX)
         if not files:
             raise DataError(f"{given} holds no input files", fix=f"expected one of: {', '.join(suffixes)}")
+        for file in files:
+            if file.kind == "text" and file.name.lower().endswith(FOREIGN_SUFFIXES):
+                raise DataError(f"{file.address} is of a form that is not read", fix=FIX)
         found += sorted(files, key=lambda file: file.name)
     if not found:
         raise DataError("no input files given", fix=FIX)

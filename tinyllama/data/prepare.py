@@ -38,12 +38,14 @@ def prepare(
     plain: bool = False,
     overwrite: bool = False,
     progress: Callable[[Totals], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Manifest | list[str]:
     """Tokenize `inputs` into the store `output`. Returns its manifest, or with Slurm the ids of the submitted jobs.
 
     inputs: files, folders, or fsspec addresses. validation_fraction: share of documents held out, by their text and
     `seed`. workers: processes, default all cores; 0 works in this process. plain: SentencePiece without the cache of
-    words. overwrite: write the store anew, whatever is there. DataError on unreadable input, no space, and where `output`
+    words. overwrite: write the store anew, whatever is there. notice: told of files that were left out.
+    DataError on unreadable input, no space, and where `output`
     is something else and not to be overwritten.
     """
     target = Path(output).resolve()
@@ -64,7 +66,11 @@ def prepare(
         rules=rules or Rules(),
         shard_tokens=shard_tokens,
     )
-    plan = Plan(settings, tuple(find_inputs(inputs, suffixes)))
+    left_out: list[str] = []
+    plan = Plan(settings, tuple(find_inputs(inputs, suffixes, left_out)))
+    if left_out and notice:
+        shown = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+        notice(f"{len(left_out):,} files that end with none of {' '.join(suffixes)} are left out: {shown}")
     work = Work(target.with_name(f"{target.name}.partial"), plan)
     try:
         _refuse_overlap(inputs, plan, target)

@@ -34,7 +34,7 @@ from tinyllama.data.store import (
 SEQUENCE = 2048
 
 
-def write_manifest(folder: Path, tokens: int) -> Manifest:
+def write_manifest(folder: Path, tokens: int, shard_tokens: int = SHARD_TOKENS) -> Manifest:
     folder.mkdir(parents=True)
     manifest = Manifest(
         dtype="<u2",
@@ -44,7 +44,7 @@ def write_manifest(folder: Path, tokens: int) -> Manifest:
         separator_id=1,
         validation_fraction=0.0,
         seed=0,
-        shard_tokens=SHARD_TOKENS,
+        shard_tokens=shard_tokens,
         splits={"train": SplitCounts(tokens, 1, 1), "validation": SplitCounts(0, 0, 0)},
         inputs={},
         lists=dict.fromkeys(LISTS, ""),
@@ -53,12 +53,12 @@ def write_manifest(folder: Path, tokens: int) -> Manifest:
     return manifest
 
 
-def virtual_store(folder: Path, tokens: int) -> int:
-    """A store of sparse shards; returns their number."""
-    manifest = write_manifest(folder, tokens)
+def virtual_store(folder: Path, tokens: int, shard_tokens: int = SHARD_TOKENS) -> int:
+    """A store of sparse shards: as many tokens as one likes, and no disk. Returns the number of shards."""
+    manifest = write_manifest(folder, tokens, shard_tokens)
     for index in range(manifest.num_shards("train")):
         with open(folder / f"{shard_name('train', index)}.tokens", "wb") as stream:
-            stream.truncate(2 * min(SHARD_TOKENS, tokens - index * SHARD_TOKENS))
+            stream.truncate(2 * min(shard_tokens, tokens - index * shard_tokens))
     return manifest.num_shards("train")
 
 

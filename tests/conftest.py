@@ -52,6 +52,16 @@ def train(data: Path, output: Path, *more: str, ranks: int = 2, extra: tuple[str
     return tinyllama(*arguments, *settings(*more), *extra, check=check, timeout=300)
 
 
+def preparing(inputs: Path, output: Path, tokenizer_model: Path) -> list[object]:
+    """The arguments of `tinyllama data prepare`."""
+    return ["data", "prepare", inputs, "--output", output, "--tokenizer", tokenizer_model]
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a token store but the one that says how it was asked for."""
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """prose.jsonl and code.jsonl from CPython, cut to some hundred kilobytes."""

@@ -13,11 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import ROOT, tinyllama
+from conftest import ROOT, content, preparing, tinyllama
 
 from tinyllama.data.documents import Rules
 from tinyllama.data.inputs import InputFile
@@ -50,10 +51,6 @@ def inputs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
-
-
 @pytest.fixture(scope="module")
 def unbroken(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed preparation writes."""
@@ -68,7 +65,7 @@ def test_bytes_do_not_depend_on_workers(inputs, tokenizer, unbroken, tmp_path, w
     seen = []
     prepare([inputs], tmp_path / "store", tokenizer, shard_tokens=30_000, workers=workers, progress=seen.append)
     assert content(tmp_path / "store") == unbroken
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tokenizer.model"]
     assert seen[-1].read_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in inputs.iterdir())
     assert seen[-1].files == seen[-1].total_files == 10
 
@@ -124,21 +121,27 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(inputs, tok
             verify(target)  # what has the name of a store is one
         prepare([inputs], target, tokenizer, shard_tokens=30_000, workers=0)
         assert content(target) == unbroken, moment
-        assert [path.name for path in target.parent.iterdir()] == ["store"]
+        assert sorted(path.name for path in target.parent.iterdir()) == ["store", "tokenizer.model"]
 
 
 def test_killed_again_and_again_with_workers_it_still_ends(inputs, tokenizer_model, unbroken, tmp_path):
     """The parent alone is killed; its workers must not go on writing beside the next attempt."""
     command = [sys.executable, "-m", "tinyllama", "data", "prepare", inputs, "--output", tmp_path / "store"]
     command += ["--tokenizer", tokenizer_model, "--workers", "2", "--shard-tokens", "30000"]
-    for seconds in (0.8, 1.2, 1.6, 2.0):
+    progress = tmp_path / "store.partial" / "progress"
+    for seconds in (0.0, 0.1, 0.3, 0.6):
         process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not list(progress.glob("*.json")):  # the first report of a worker
+            time.sleep(0.005)
         time.sleep(seconds)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
         process.kill()
         process.wait()
-    done = tinyllama(*command[3:])
+        assert not psutil.wait_procs(workers, timeout=5)[1]
+    tinyllama(*command[3:])
     assert content(tmp_path / "store") == unbroken
-    assert "already" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tokenizer.model"]
 
 
 def test_only_unfinished_files_are_read_again(inputs, tokenizer, tmp_path):
@@ -258,26 +261,8 @@ def test_skipped_records_are_listed_with_their_reasons(tmp_path, tokenizer_model
         '{"text": "%s"}' % ("x" * 300),
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    arguments = [
-        "data",
-        "prepare",
-        tmp_path / "a.jsonl",
-        "--output",
-        tmp_path / "store",
-        "--tokenizer",
-        tokenizer_model,
-    ]
-    arguments += [
-        "--bad-records",
-        "skip",
-        "--max-document-bytes",
-        "200",
-        "--validation-fraction",
-        "0",
-        "--workers",
-        "0",
-    ]
-    done = tinyllama(*arguments)
+    more = ["--bad-records", "skip", "--max-document-bytes", "200", "--validation-fraction", "0", "--workers", "0"]
+    done = tinyllama(*preparing(tmp_path / "a.jsonl", tmp_path / "store", tokenizer_model), *more)
     assert "skipped: 4 records" in done.stdout
     skipped = list(read_list(tmp_path / "store", "skipped.jsonl"))
     assert [entry["record"] for entry in skipped] == [1, 2, 4, 5]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tinyllama
+from conftest import ROOT, content, preparing, tinyllama
 
 from tinyllama.data.pipeline import share
 from tinyllama.data.prepare import prepare
@@ -33,10 +33,6 @@ def folder(tmp_path: Path) -> Path:
         lines = (f'{{"text": "document {name} {number}"}}\n' for number in range(50))
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(lines))
     return tmp_path
-
-
-def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
 def again(folder: Path, tokenizer: Tokenizer, **more):
@@ -132,7 +128,7 @@ def test_files_before_a_broken_one_of_the_same_task_are_kept(folder, tokenizer):
 
 
 def test_numbers_that_make_no_sense_are_one_line(folder, tokenizer_model):
-    arguments = ["data", "prepare", folder / "in", "--output", folder / "store", "--tokenizer", tokenizer_model]
+    arguments = preparing(folder / "in", folder / "store", tokenizer_model)
     for extra, words in ((["--tasks", "0"], "--tasks 0"), (["--executor", "dask"], "give local, slurm or ray")):
         done = tinyllama(*arguments, *extra, check=False)
         assert done.returncode == 2

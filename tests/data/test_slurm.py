@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT, settings, tinyllama
+from conftest import ROOT, content, preparing, settings, tinyllama
 
 from tinyllama.data.prepare import prepare
 from tinyllama.data.store import verify
@@ -28,13 +28,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment
 
 
-def content(store: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
-
-
 def test_four_job_arrays_write_the_bytes_of_one_machine(slurm, corpus, tokenizer_model, tmp_path):
     prepare([corpus], tmp_path / "here", Tokenizer.load(tokenizer_model), shard_tokens=30_000, workers=0)
-    arguments = ["data", "prepare", corpus, "--output", tmp_path / "store", "--tokenizer", tokenizer_model]
+    arguments = preparing(corpus, tmp_path / "store", tokenizer_model)
     arguments += ["--shard-tokens", "30000", "--executor", "slurm", "--partition", "batch", "--tasks", "2"]
     done = tinyllama(*arguments, "--json", env=slurm)
     assert len(json.loads(done.stdout)["slurm_jobs"]) == 4
@@ -46,15 +42,7 @@ def test_four_job_arrays_write_the_bytes_of_one_machine(slurm, corpus, tokenizer
 
 def test_a_failed_job_leaves_no_store_and_the_same_command_goes_on(slurm, tokenizer_model, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
-    arguments = [
-        "data",
-        "prepare",
-        tmp_path / "a.jsonl",
-        "--output",
-        tmp_path / "store",
-        "--tokenizer",
-        tokenizer_model,
-    ]
+    arguments = preparing(tmp_path / "a.jsonl", tmp_path / "store", tokenizer_model)
     arguments += ["--executor", "slurm", "--partition", "batch", "--validation-fraction", "0"]
     tinyllama(*arguments, env=slurm)
     slurm_cluster.wait_for_jobs(slurm)  # the stages after the failed one go from the queue
@@ -71,15 +59,7 @@ def test_a_failed_job_leaves_no_store_and_the_same_command_goes_on(slurm, tokeni
 
 def test_a_second_command_while_jobs_are_queued_is_refused(slurm, tokenizer_model, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n')
-    arguments = [
-        "data",
-        "prepare",
-        tmp_path / "a.jsonl",
-        "--output",
-        tmp_path / "store",
-        "--tokenizer",
-        tokenizer_model,
-    ]
+    arguments = preparing(tmp_path / "a.jsonl", tmp_path / "store", tokenizer_model)
     arguments += ["--validation-fraction", "0"]
     queued = [*arguments, "--executor", "slurm", "--partition", "batch", "--json"]
     jobs = json.loads(tinyllama(*queued, "--sbatch", "begin=now+1hour", env=slurm).stdout)["slurm_jobs"]

@@ -14,19 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, tinyllama
+from data_loading import virtual_store
 
 from tinyllama.data.loader import HeldOut, Mixture, Source, document_layout
 from tinyllama.data.prepare import prepare
 from tinyllama.data.store import (
-    LISTS,
-    SEPARATOR_POLICY,
-    Manifest,
-    SplitCounts,
     TokenStore,
     file_sha256,
     read_list,
     read_manifest,
-    shard_name,
     verify,
 )
 from tinyllama.errors import ConfigError, DataError
@@ -207,33 +203,12 @@ def test_document_layout():
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
 
 
-def virtual_store(folder: Path, tokens: int) -> Path:
-    """A store of sparse files: as many tokens as one likes, and no disk."""
-    folder.mkdir(parents=True)
-    manifest = Manifest(
-        dtype="<u2",
-        tokenizer_sha256="0" * 64,
-        vocab_size=32000,
-        separator_policy=SEPARATOR_POLICY,
-        separator_id=1,
-        validation_fraction=0.0,
-        seed=0,
-        shard_tokens=1 << 36,  # large, so that the test does not make thousands of files; see benchmarks for those
-        splits={"train": SplitCounts(tokens, 1, 1), "validation": SplitCounts(0, 0, 0)},
-        inputs={},
-        lists=dict.fromkeys(LISTS, ""),
-    )
-    for index in range(manifest.num_shards("train")):
-        with open(folder / f"{shard_name('train', index)}.tokens", "wb") as stream:
-            stream.truncate(2 * min(manifest.shard_tokens, tokens - index * manifest.shard_tokens))
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return folder
-
-
 @pytest.mark.parametrize("exponent", [7, 9, 11, 13])
 def test_opening_and_seeking_cost_the_same_at_any_size(tmp_path, exponent):
     """Fault 8: TinyLlama replayed every batch. Here sample 10**9 is a seek: below 1 s and 100 MB, whatever the size."""
-    path = virtual_store(tmp_path / "virtual", 10**exponent)
+    path = tmp_path / "virtual"
+    # Large shards, so that the test does not make thousands of files; benchmarks/data_loading.py has those.
+    virtual_store(path, 10**exponent, shard_tokens=1 << 36)
     program = (
         "import time; begin = time.perf_counter();"
         "from tinyllama.data.loader import Mixture, Source; from pathlib import Path;"

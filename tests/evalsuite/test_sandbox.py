@@ -30,7 +30,7 @@ HOSTILE = {
     "writes into Python": "import os\nopen(os.__file__, 'a').write('evil')",
     "removes the system": "import shutil\nshutil.rmtree('/usr')",
     "reads secrets": "open('/etc/shadow').read()",
-    "reads the home folder": "import os\nos.listdir('/root') if os.path.isdir('/root/.ssh') else os.listdir('/home')",
+    "reads the home folder": f"import os\nassert os.listdir({os.path.expanduser('~')!r})",
     "reads the environment of others": "open('/proc/1/environ').read()",
     "leaks the environment": "import os\nassert len(os.environ) > 5",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 80), timeout=2)",

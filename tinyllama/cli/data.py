@@ -110,7 +110,6 @@ def prepare(
             progress=progress.update,
             notice=progress.notice,
         )
-    _keep_tokenizer(output, loaded)
     if isinstance(result, list):
         _print_jobs(output, result, json.dumps if as_json else None)
         return
@@ -161,18 +160,6 @@ class _PrepareProgress:
             self.progress.update(self.task, counts=counts)
 
 
-def _keep_tokenizer(output: Path, tokenizer: Any) -> None:
-    """Training and export find the tokenizer beside the stores that it made."""
-    import os
-    import shutil
-
-    beside = output.parent / "tokenizer.model"
-    if not beside.exists():
-        partial = beside.with_name(f"tokenizer.model.{os.getpid()}.partial")
-        shutil.copyfile(tokenizer.path, partial)
-        os.replace(partial, beside)
-
-
 def _print_jobs(output: Path, jobs: list[str], dumps: Any) -> None:
     if dumps:
         print(dumps({"store": str(output), "slurm_jobs": jobs}))
@@ -183,6 +170,7 @@ def _print_jobs(output: Path, jobs: list[str], dumps: Any) -> None:
         f"submitted Slurm jobs {', '.join(jobs)}, each after the one before; logs in {output}.logs. When the last one is "
         f"done, {output} is there: check it with tinyllama data verify {output}. If one failed, run this again.",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -210,9 +198,8 @@ def corpus(
         print(json.dumps(counts))
         return
     for name, count in counts.items():
-        Console().print(
-            f"{output / name}.jsonl: {count['documents']:,} documents, {count['bytes']:,} bytes", highlight=False
-        )
+        line = f"{output / name}.jsonl: {count['documents']:,} documents, {count['bytes']:,} bytes"
+        Console().print(line, highlight=False, markup=False)
 
 
 @app.command()
@@ -241,7 +228,12 @@ def verify(
         task = progress.add_task("", total=total)
         manifest = run(store, progress=lambda num_bytes: progress.advance(task, num_bytes))
     if not as_json:
-        Console().print(f"[green]intact[/]: every checksum, boundary and separator of {store} holds")
+        Console().print(
+            f"intact: every checksum, boundary and separator of {store} holds",
+            style="green",
+            markup=False,
+            soft_wrap=True,
+        )
     _print_summary(store, manifest, json.dumps if as_json else None)
 
 
@@ -261,6 +253,7 @@ def inspect(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tinyllama.data.inspect import describe
@@ -271,7 +264,7 @@ def inspect(
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     console = Console()
-    table = Table(title=f"Documents of {store} by length (training split)")
+    table = Table(title=escape(f"Documents of {store} by length (training split)"))
     table.add_column("tokens", justify="right")
     table.add_column("documents", justify="right")
     table.add_column("")
@@ -310,41 +303,42 @@ def contamination(
       tinyllama data contamination data/prose --against mini --json
     """
     import json
-    import os
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from rich.table import Table
 
     from tinyllama.data.contamination import report
+    from tinyllama.data.durable import cannot_write, durable
     from tinyllama.data.store import read_manifest
-    from tinyllama.errors import DataError
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
     total = sum(read_manifest(store).tokens("train") for store in stores)
     loaded = Tokenizer.load(tokenizer or stores[0].parent / "tokenizer.model")
     columns = ("scanning", BarColumn(), MofNCompleteColumn(), "tokens, ETA", TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        found = report(
-            stores,
-            _bundle(against),
-            loaded,
-            ngram=ngram,
-            threads=threads,
-            progress=lambda tokens: progress.advance(task, tokens),
-        )
     try:
+        if output.is_dir():
+            raise IsADirectoryError(0, "it is a folder", str(output))
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f"{output.name}.partial")
-        partial.write_text(json.dumps(found) + "\n")
-        os.replace(partial, output)
+        with durable(output) as stream, Progress(*columns, console=Console(stderr=True)) as progress:
+            # Opened before the scan: a report that cannot be written is known at once.
+            task = progress.add_task("", total=total)
+            found = report(
+                stores,
+                _bundle(against),
+                loaded,
+                ngram=ngram,
+                threads=threads,
+                progress=lambda tokens: progress.advance(task, tokens),
+            )
+            stream.write(json.dumps(found) + "\n")
     except OSError as error:
-        raise DataError(f"cannot write {output} ({error.strerror})", fix="give a writable --output") from None
+        raise cannot_write(error, output) from None
     if as_json:
         print(json.dumps({key: value for key, value in found.items() if key != "items"}))
         return
-    table = Table(title=f"Items that share {ngram} tokens in a row with {', '.join(map(str, stores))}")
+    table = Table(title=escape(f"Items that share {ngram} tokens in a row with {', '.join(map(str, stores))}"))
     table.add_column("set")
     for column in ("items", "overlap", "of which 80%", "clean", "too short"):
         table.add_column(column, justify="right")
@@ -353,7 +347,10 @@ def contamination(
         table.add_row(entry["set"], *(f"{count:,}" for count in counts))
     console = Console()
     console.print(table)
-    console.print(f"{found['found_ngrams']:,} of {found['distinct_ngrams']:,} distinct {ngram}-grams found: {output}")
+    console.print(
+        f"{found['found_ngrams']:,} of {found['distinct_ngrams']:,} distinct {ngram}-grams found: {output}",
+        markup=False,
+    )
 
 
 def _bundle(name: str) -> Path:
@@ -380,9 +377,7 @@ def _print_summary(store: Path, manifest, dumps) -> None:
     for split, counts in splits.items():
         console.print(f"{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents", highlight=False)
     for reason, count in manifest.inputs["excluded"].items():
-        console.print(f"excluded: {count:,} documents with {reason}", highlight=False)
+        console.print(f"excluded: {count:,} documents with {reason}", highlight=False, markup=False)
     if manifest.inputs["skipped"]:
-        listed = (
-            f"[yellow]skipped[/]: {manifest.inputs['skipped']:,} records, each with its reason in {store}/skipped.jsonl"
-        )
-        console.print(listed, highlight=False)
+        listed = f"skipped: {manifest.inputs['skipped']:,} records, each with its reason in {store}/skipped.jsonl"
+        console.print(listed, style="yellow", highlight=False, markup=False)

@@ -65,11 +65,13 @@ def read_items(bundle: Path, tokenizer: Tokenizer, dtype: str) -> tuple[list[Ite
     end = 0
     for path in files:
         rows: list[list[str]] = []
-        with open(path, encoding="utf-8") as stream:
-            try:
+        try:
+            with open(path, encoding="utf-8") as stream:
                 rows = [list(dict.fromkeys(_texts(json.loads(line)))) for line in stream if line.strip()]
-            except ValueError as error:
-                raise DataError(f"{path} is corrupt ({error})", fix="fetch or pack the bundle again") from None
+        except ValueError as error:
+            raise DataError(f"{path} is corrupt ({error})", fix="fetch or pack the bundle again") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror})", fix="grant read permission") from None
         encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(rows)), os.cpu_count() or 1))
         for row, texts in enumerate(rows):
             fields = []
@@ -78,6 +80,8 @@ def read_items(bundle: Path, tokenizer: Tokenizer, dtype: str) -> tuple[list[Ite
                 fields.append((end, end + len(ids)))
                 end += len(ids)
             items.append(Item(path.parent.parent.name, path.parent.name, path.stem, row, fields))
+    if not tokens:
+        raise DataError(f"{bundle} holds no text", fix="fetch or pack the bundle again")
     digests = {path.relative_to(bundle).as_posix(): file_sha256(path) for path in files}
     return items, np.concatenate(tokens), digests
 
@@ -122,10 +126,10 @@ class NgramIndex:
             for begin, end in item.fields:
                 inside[begin : max(begin, end - n + 1)] = True
         positions = np.flatnonzero(inside)
-        self.hashes, first, self.gram_of = np.unique(hashes[positions], return_index=True, return_inverse=True)
+        self.hashes, first, numbers = np.unique(hashes[positions], return_index=True, return_inverse=True)
         self.places = positions[first]
         self.number = np.full(len(tokens), -1, dtype=np.int64)  # token position -> number of the N-gram there
-        self.number[positions] = self.gram_of
+        self.number[positions] = numbers
         self.counts = np.zeros(len(self.hashes), dtype=np.int64)
         # A bit for each hash prefix: 16 bits or more for each N-gram, at most 64 MB.
         self.shift = np.uint64(64 - min(29, max(16, (16 * len(self.hashes)).bit_length())))
@@ -192,6 +196,8 @@ def report(
     """
     if ngram < 1:
         raise DataError(f"--ngram {ngram}", fix="give 1 or more; 13 is usual")
+    if threads is not None and threads < 1:
+        raise DataError(f"--threads {threads}", fix="give 1 or more")
     opened = [TokenStore(path) for path in stores]
     for store in opened:
         if store.manifest.tokenizer_sha256 != tokenizer.sha256:

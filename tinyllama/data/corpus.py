@@ -13,6 +13,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyllama.data.durable import cannot_write, durable
+
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "ensurepip"}
 
 
@@ -57,17 +59,21 @@ def prose() -> Iterator[dict[str, str]]:
 
 
 def write(directory: Path) -> dict[str, dict[str, int]]:
-    """Write `prose.jsonl` and `code.jsonl` into `directory`, each atomically. Returns documents and bytes of each."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write `prose.jsonl` and `code.jsonl` into `directory`, each atomically. Returns documents and bytes of each.
+
+    DataError if it cannot be written.
+    """
     counts = {}
-    for name, records in (("prose", prose()), ("code", code())):
-        target = directory / f"{name}.jsonl"
-        partial = target.with_suffix(".partial")
-        documents = 0
-        with open(partial, "w", encoding="utf-8") as stream:
-            for record in records:
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                documents += 1
-        os.replace(partial, target)
-        counts[name] = {"documents": documents, "bytes": target.stat().st_size}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, records in (("prose", prose()), ("code", code())):
+            target = directory / f"{name}.jsonl"
+            documents = 0
+            with durable(target) as stream:
+                for record in records:
+                    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    documents += 1
+            counts[name] = {"documents": documents, "bytes": target.stat().st_size}
+    except OSError as error:
+        raise cannot_write(error, directory) from None
     return counts

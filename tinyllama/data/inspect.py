@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama.data.store import CHUNK_TOKENS, SPLITS, TokenStore
+from tinyllama.data.store import AGAIN, CHUNK_TOKENS, SPLITS, TokenStore
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
@@ -28,6 +28,8 @@ def _count(store: TokenStore, special: int) -> tuple[np.ndarray, list[int]]:
     longest, current = [0] * special, [0] * special
     for start in range(0, store.num_tokens, CHUNK_TOKENS):
         piece = store.read(start, min(CHUNK_TOKENS, store.num_tokens - start))
+        if int(piece.max()) >= len(counts):
+            raise DataError(f"{store.directory} holds token {int(piece.max())} of {len(counts)}", fix=AGAIN)
         counts += np.bincount(piece, minlength=len(counts))
         for token in range(special):
             # Borders of runs, with the run that reaches over from the piece before.
@@ -46,6 +48,8 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
     Special tokens are the ids below the tokenizer's first ordinary piece (unk, bos, eos) and, together, the byte pieces.
     A run of separators longer than 2 would mean padding. Reads the whole training split.
     """
+    if samples < 0:
+        raise DataError(f"--samples {samples}", fix="give 0 or more")
     store = TokenStore(directory, "train")
     manifest = store.manifest
     loaded = Tokenizer.load(tokenizer) if tokenizer else None
@@ -61,6 +65,8 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
             continue
         ends = np.append(starts[1:], -1)
         ends[-1] = _next_start(store, index)
+        if (ends <= starts).any():
+            raise DataError(f"{store.directory}: where documents start in shard {index} makes no sense", fix=AGAIN)
         bins += np.bincount(np.log2(ends - starts).astype(int), minlength=64)
         chosen += [
             (n, int(starts[n - number]), int(ends[n - number]))
@@ -68,7 +74,10 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
             if number <= n < number + len(starts)
         ]
         number, before = number + len(starts), int(ends[-1])
-    assert before in (0, store.num_tokens), "documents cover the split"
+    if number != store.num_documents or before != store.num_tokens:
+        raise DataError(
+            f"{store.directory} has {number:,} documents, its manifest says {store.num_documents:,}", fix=AGAIN
+        )
     counts, longest = _count(store, 3)
     decoded = []
     for n, start, end in chosen:

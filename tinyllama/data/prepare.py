@@ -74,12 +74,7 @@ def prepare(
     work = Work(target.with_name(f"{target.name}.partial"), plan)
     try:
         _refuse_overlap(inputs, plan, target)
-        beside = target.with_name("tokenizer.model")
-        if beside.exists() and file_sha256(beside) != tokenizer.sha256:
-            raise DataError(
-                f"{beside} is not {tokenizer.path}, and the stores of a folder share one tokenizer",
-                fix="give that one, or an --output in another folder",
-            )
+        _refuse_other_tokenizer(tokenizer, target)
         if not work.folder.exists() and (finished := _finished(target, plan, overwrite)):
             return finished
         with lock(work.folder):
@@ -109,6 +104,16 @@ def _refuse_overlap(inputs: Sequence[str | os.PathLike[str]], plan: Plan, target
     for given in inputs:
         if "://" not in str(given) and Path(given).is_dir() and Path(given).resolve() in target.parents:
             raise DataError(f"--output {target} lies inside the input {given}", fix="give another --output")
+
+
+def _refuse_other_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
+    """Training and export find the tokenizer beside the stores that it made: there is one for all stores of a folder."""
+    beside = target.with_name("tokenizer.model")
+    if beside.exists() and file_sha256(beside) != tokenizer.sha256:
+        raise DataError(
+            f"{beside} is not {tokenizer.path}, and the stores of a folder share one tokenizer",
+            fix="give that one, or an --output in another folder",
+        )
 
 
 def _finished(target: Path, plan: Plan, overwrite: bool) -> Manifest | None:

@@ -246,6 +246,8 @@ class TokenStore:
     def starts(self, index: int) -> np.ndarray:
         """Where documents start in shard `index`, in tokens from its beginning. Shape (documents,)."""
         with _explained(self._path(index, "documents")) as path:
+            if path.stat().st_size % 8:
+                raise DataError(f"{path} breaks off", fix=AGAIN)
             return np.fromfile(path, dtype="<u8")
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -318,10 +320,9 @@ def verify(
     manifest = read_manifest(directory)
     root = Path(directory)
     for name, expected in manifest.lists.items():
-        if not (root / name).exists():
-            raise DataError(f"{root / name} is missing", fix=AGAIN)
-        if file_sha256(root / name) != expected:
-            raise DataError(f"{root / name} does not match its checksum", fix=AGAIN)
+        with _explained(root / name) as path:
+            if file_sha256(path) != expected:
+                raise DataError(f"{path} does not match its checksum", fix=AGAIN)
     shards = [Shard(**entry) for entry in read_list(root, "shards.jsonl")]
     numbered = []
     for split in SPLITS:

@@ -315,12 +315,20 @@ class Work:
         write_json(store / "prepared.json", {"plan": self.plan.key})
         with durable(store / "manifest.json") as stream:
             stream.write(manifest.to_json())
+        self._keep_tokenizer(target)
         old = self.folder / f"replaced-{os.getpid()}"  # below our own folder: no name that could be somebody's
         if target.exists():
             os.replace(target, old)
         os.replace(store, target)
         shutil.rmtree(self.folder, ignore_errors=True)
         return manifest
+
+    def _keep_tokenizer(self, target: Path) -> None:
+        """Training and export look for the tokenizer beside the stores that it made."""
+        beside = target.with_name("tokenizer.model")
+        if not beside.exists():
+            shutil.copyfile(self.folder / "tokenizer.model", partial_name(beside))
+            os.replace(partial_name(beside), beside)
 
     def _write_lists(self, store: Path) -> tuple[dict[str, SplitCounts], dict[str, Any]]:
         """Write inputs.jsonl and skipped.jsonl; returns the counts of each split and of all inputs."""

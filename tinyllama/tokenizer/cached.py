@@ -13,15 +13,10 @@ import re
 import sys
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tinyllama.errors import DataError
+from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer
 
-if TYPE_CHECKING:
-    from tinyllama.tokenizer.sentencepiece_model import Tokenizer
-
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
-SPACE = "▁"
 # Finest first. A word may begin with spaces and never ends with one; a newline is a word of its own.
 CUTS = (
     # letters, single digits and runs of other ASCII; all that touches a character beyond ASCII stays together

@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import MissingExtraError, UserError
-from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
-SPACE = "▁"
 Pair = tuple[str, str]
 
 

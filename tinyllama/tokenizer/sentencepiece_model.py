@@ -12,6 +12,9 @@ from typing import Any
 
 from tinyllama.errors import DataError, MissingExtraError, UserError
 
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
+SPACE = "▁"
+
 
 class Tokenizer:
     """Text to ids and back. `encode` adds neither bos nor eos; what stands between documents is the store's policy."""

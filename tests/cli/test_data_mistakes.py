@@ -1,0 +1,113 @@
+"""`tinyllama data` given what it cannot use: one red line, exit code 2, and nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import tinyllama
+
+from tinyllama.data.store import read_manifest
+
+
+@pytest.fixture
+def store(stores: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    shutil.copytree(stores / "prose", tmp_path / "prose")
+    shutil.copyfile(stores / "tokenizer.model", tmp_path / "tokenizer.model")
+    return tmp_path / "prose"
+
+
+def refused(*arguments: object) -> str:
+    done = tinyllama(*arguments, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    return line
+
+
+def test_inspect_of_a_damaged_store(store):
+    assert "--samples -1" in refused("data", "inspect", store, "--samples", "-1")
+    documents = store / "train-000000.documents"
+    whole = documents.read_bytes()
+    for size, words in (
+        (len(whole) - 3, "breaks off"),
+        (len(whole) - 8, "its manifest says"),
+        (0, "its manifest says"),
+    ):
+        documents.write_bytes(whole[:size])
+        assert words in refused("data", "inspect", store)
+    documents.write_bytes(whole[:8] + bytes(len(whole) - 8))
+    assert "makes no sense" in refused("data", "inspect", store)
+    documents.write_bytes(whole)
+    with open(store / "train-000000.tokens", "r+b") as stream:
+        stream.seek(1000)
+        stream.write((600).to_bytes(2, "little"))
+    assert "holds token 600 of 600" in refused("data", "inspect", store)
+
+
+@pytest.mark.parametrize("name", ["shards.jsonl", "inputs.jsonl", "skipped.jsonl"])
+def test_verify_with_lists_that_cannot_be_read(store, name):
+    (store / name).rename(store / "away")
+    assert f"{name} is missing" in refused("data", "verify", store)
+    (store / name).mkdir()
+    assert f"{name} cannot be read" in refused("data", "verify", store)
+    (store / name).rmdir()
+    (store / name).write_text("{")
+    assert f"{name} does not match its checksum" in refused("data", "verify", store)
+
+
+def test_verify_of_what_is_no_store(store):
+    assert "is not a token store" in refused("data", "verify", store.parent)
+    assert "is not a token store" in refused("data", "verify", store / "manifest.json")
+
+
+def test_contamination_without_anything_to_compare(store, tmp_path):
+    bundle = tmp_path / "bundle" / "set" / "config"
+    bundle.mkdir(parents=True)
+    (bundle / "test.jsonl").write_text("")
+    report = tmp_path / "report.json"
+    arguments = ["data", "contamination", store, "--output", report, "--against"]
+    assert "holds no text" in refused(*arguments, tmp_path / "bundle")
+    (bundle / "test.jsonl").write_text('{"question": ')
+    assert "test.jsonl is corrupt" in refused(*arguments, tmp_path / "bundle")
+    for number in ("0", "-1"):
+        assert f"--threads {number}" in refused(*arguments, "mini", "--threads", number)
+    assert not report.exists()
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_contamination_that_could_not_be_written_is_not_begun(store, tmp_path):
+    """The bundle is not even looked for."""
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "report.json", tmp_path):
+        arguments = ["data", "contamination", store, "--against", tmp_path / "nowhere", "--output", output]
+        assert f"writing {tmp_path}" in refused(*arguments)
+
+
+def test_a_corpus_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"writing {tmp_path / 'file'}" in refused("data", "corpus", "--output", tmp_path / "file")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_was_given_is_printed_as_it_was_typed(tokenizer_model, tmp_path):
+    """Square brackets are markup to the library that prints."""
+    folder = tmp_path / "[bold]in[red]"
+    folder.mkdir()
+    lines = [{"text": "kept", "meta": "x"}, {"text": "gone", "meta": "[bold]"}, {"text": "", "meta": "x"}]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "b.csv").write_text("")
+    arguments = ["data", "prepare", folder, "--output", folder / "[dim]out", "--tokenizer", tokenizer_model]
+    assert "[bold]in[red]" in refused(*arguments)
+    arguments[4] = tmp_path / "[dim]out"
+    done = tinyllama(*arguments, "--exclude", "meta=[bold]", "--validation-fraction", "0")
+    assert "excluded: 1 documents with meta=[bold]" in done.stdout
+    assert "[dim]out/skipped.jsonl" in done.stdout.replace("\n", "")
+    assert "[bold]in[red]/b.csv" in done.stderr.replace("\n", "")
+    assert "[dim]out holds" in tinyllama("data", "verify", arguments[4]).stdout
+    assert "[dim]outbylength" in "".join(tinyllama("data", "inspect", arguments[4]).stdout.split())
+    assert read_manifest(arguments[4]).documents("train") == 1

@@ -33,10 +33,12 @@ def train_command(
     mfu: Annotated[float, typer.Option(help="Dry run: share of the device's peak to assume.")] = 0.4,
     gigabytes_per_s: Annotated[float, typer.Option(help="Dry run: what one rank can send to assume.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Dry run: print as JSON.")] = False,
+    inject: Annotated[str, typer.Option(hidden=True, help="Faults, for tests: see train/injection.py.")] = "",
 ) -> None:
     """Pretrain under DeepSpeed. Run the same command again to continue from the last checkpoint.
 
-    Exit code 75: stopped by a signal, after saving.
+    Exit code 75: stopped by a signal, after saving; 76: a rank hung or died. Both: run the same command again.
+    70: the run is unhealthy; 74: a checkpoint could not be written.
 
     [bold]Examples[/]
 
@@ -94,6 +96,7 @@ def train_command(
 
     script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
     script += ["--recipe", recipe] if recipe else []
+    script += ["--inject", inject] if inject else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
     arguments = shlex.split(launcher)

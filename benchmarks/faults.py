@@ -59,7 +59,8 @@ class Fault:
     step: int
     ranks: tuple[int, ...] = ()
     phase: str = ""
-    met: str = ""  # the phase in which the rank's last heartbeat was written
+    met: str = ""  # the phase that the first of the ranks was in
+    reached: int = 0  # steps that were done when it ended
     exit_code: int | None = None
     resumed_from: int | None = None
     down_s: float = 0.0  # from the fault to the end of the last process
@@ -122,8 +123,8 @@ class Campaign:
         struck = self._wait_and_hit(fault, process)
         fault.exit_code = process.wait(timeout=120)
         fault.down_s = time.monotonic() - struck
-        if fault.ranks:
-            fault.met = heartbeat.read(self.run, fault.ranks[0])["phase"] if not fault.met else fault.met
+        # A signal that is answered ends the run after the step under way.
+        fault.reached = max(heartbeat.read(self.run, rank)["step"] for rank in (0, 1)) + (fault.exit_code == 75)
         if fault.kind == "corrupt":
             newest = checkpoint.list_checkpoints(self.run)[-1][1]
             shard = newest / f"shard-{fault.ranks[0]:05d}.safetensors"
@@ -254,7 +255,7 @@ def report(faults: list[Fault], result: dict[str, Any], seconds: float, skipped:
     for kind in dict.fromkeys(fault.kind for fault in faults):
         mine = [fault for fault in faults if fault.kind == kind]
         codes = sorted({fault.exit_code for fault in mine if fault.exit_code is not None})
-        lost = [fault.step - (fault.resumed_from or 0) for fault in mine]
+        lost = [fault.reached - (fault.resumed_from or 0) for fault in mine]
         down = sorted(fault.down_s for fault in mine)
         phases = ", ".join(dict.fromkeys(fault.met for fault in mine if fault.phase))
         rows.append([kind, str(len(mine)), phases, ", ".join(map(str, codes)), str(max(lost)), f"{down[-1]:.1f}"])

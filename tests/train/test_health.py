@@ -53,6 +53,7 @@ def test_the_guard_is_the_median_and_the_median_deviation():
     guard = LossGuard(config, torch.device("cpu"), [], [])
     values = [5.0, 4.0, 4.5, 4.2, 4.1, 4.4, 4.3, 3.9, 4.0, 4.6, 40.0, 4.0, float("nan")]
     seen: list[float] = []
+    spikes: list[float] = []
     for step, value in enumerate(values):
         veto = guard.veto(torch.tensor(value), step, step).item()
         window = np.array(seen[-8:], dtype=np.float32)
@@ -65,10 +66,11 @@ def test_the_guard_is_the_median_and_the_median_deviation():
         seen.append(value)
         # A new guard that is given the window and the ledger goes on in the same way.
         guard.read()
-        if value == 40.0:
-            assert guard.spikes[-1]["step"] == step + 1
+        if expected and not np.isnan(value):
+            spikes.append(value)
         guard = LossGuard(config, torch.device("cpu"), guard.window(), guard.spikes)
-    assert [spike["loss"] for spike in guard.spikes] == [40.0]
+    assert 40.0 in spikes
+    assert [spike["loss"] for spike in guard.spikes] == pytest.approx(spikes)
 
 
 @pytest.mark.parametrize("stage", [3, 2, 1])
@@ -131,7 +133,7 @@ def test_a_sick_run_ends_with_one_line_and_saves_nothing(stores, tmp_path, fault
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(stores, tmp_path):
     run = tmp_path / "run"
-    process = start(stores, run, "training.tokens=7680000", "health.hang_timeout_s=3")
+    process = start(stores, run, "training.tokens=7680000", "data.max_epochs=1000", "health.hang_timeout_s=3")
     wait_for_step(run, 3)
     pid = heartbeat.read(run, 1)["pid"]
     os.kill(pid, signal.SIGSTOP)

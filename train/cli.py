@@ -21,6 +21,9 @@ def train_command(
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
     setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
+    eval_every: Annotated[
+        int | None, typer.Option(help="Score the model by the recipe's lm-eval tasks every so many steps.")
+    ] = None,
     num_accelerators: Annotated[
         int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")
     ] = None,
@@ -63,6 +66,8 @@ def train_command(
     from train.recipe import load_recipe
     from train.state import refuse_other_run
 
+    if eval_every is not None:
+        setting = [*setting, f"evaluation.every_steps={eval_every}"]
     if not dry_run:
         deepspeed_launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):

@@ -41,13 +41,16 @@ def read_state() -> dict[str, Any]:
 
 def restore(directory: Path, rank: int) -> None:
     """Set the generators as `rank` had them; left as they are where more ranks continue than saved."""
+    path = directory / file_name(rank)
+    if path.exists():
+        write_state(checkpoint.read_json(path))
+
+
+def write_state(state: dict[str, Any]) -> None:
+    """Set the generators of this process to what `read_state` gave."""
     import numpy as np
     import torch
 
-    path = directory / file_name(rank)
-    if not path.exists():
-        return
-    state = checkpoint.read_json(path)
     torch.set_rng_state(_decode(state["torch"]))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

@@ -94,6 +94,10 @@ class MetricsFile:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._stream.write(json.dumps(clean) + "\n")
 
+    def close(self) -> None:
+        """The file may be opened anew."""
+        self._stream.close()
+
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": None}  # name to package
 

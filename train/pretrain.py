@@ -114,6 +114,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from train import generators
     from train import state as saved
     from train.distributed import init_distributed
+    from train.evaluation import Evaluation
     from train.metrics import MetricsFile, Monitors, TrainingConsole, peak_flops, peak_memory_bytes
     from train.proof import Proof
     from train.validation import validate
@@ -225,6 +226,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     guard = LossGuard(recipe.health, device, state["loss_window"], state["spikes"])
     frozen = FrozenWeights(recipe.health.frozen_after_steps)
+    evaluation = Evaluation(recipe, engine, tokenizer, control, beat) if recipe.evaluation.every_steps else None
     saver = Saver(output, recipe.checkpoint, tokenizer, control, beat)
 
     def save() -> None:
@@ -267,13 +269,15 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         guard.spikes[-1].update(to=old["step"], left_out=[old["step"] + old["data_offset"], batch])
         report_spikes()
         spikes = guard.spikes
-        state.update({key: old[key] for key in progress}, spikes=spikes, data_offset=batch + 1 - old["step"])
+        state.update({key: old.get(key, start) for key, start in progress.items()})
+        state.update(spikes=spikes, data_offset=batch + 1 - old["step"])
         if sum(spike.get("to") == old["step"] for spike in spikes) > recipe.health.max_interventions:
             raise UnhealthyRunError(f"step {old['step']}: rewound to it too often, health.max_interventions")
         saved.load_weights(engine, directory)
         saved.load_optimizer(engine, directory, state["optimizer_steps"])
         guard = LossGuard(recipe.health, device, state["loss_window"], spikes)
         if metrics:
+            metrics.close()
             metrics = MetricsFile(output / "metrics.jsonl", state["step"])
 
     # -- The loop ---------------------------------------------------------------------------------------------------
@@ -358,6 +362,16 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
                 )
             logged_at = time.perf_counter()
 
+        # -- Evaluate ---------------------------------------------------------------------------------------------
+        if evaluation and ((step + 1) % (recipe.evaluation.every_steps or total_steps) == 0 or last):
+            scores = evaluation.run()
+            if metrics and monitors:
+                metrics.write({"step": step + 1, "tokens": state["tokens"], "evaluation": scores})
+                monitors.write("evaluation", step + 1, scores)
+            for name, score in scores.items():
+                console.print(f"step {step + 1}: {name}: {score['metric']} {score['value']:.4f} on {score['n']} items")
+            logged_at = time.perf_counter()
+
         # -- Stop, save: what one rank has met, all act on ----------------------------------------------------------
         beat("control")
         met = torch.tensor([bool(signalled), saver.failed, stands_still], dtype=torch.int32)
@@ -380,6 +394,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             console.close()
             console.print(f"stopped by a signal after step {step + 1}; run the same command again to continue")
             return STOPPED_BY_SIGNAL
+    if evaluation:
+        evaluation.close()
     console.close()
     console.print(f"done: {state['tokens']:,} tokens in {output}")
     return 0

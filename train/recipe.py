@@ -80,6 +80,20 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """lm-eval tasks on the model as it trains: how often (never when null), which, on how many items, from which bundle.
+
+    batch_size: rows that a rank takes at a time.
+    """
+
+    every_steps: int | None = None
+    tasks: str = "commonsense"
+    limit: int | None = None
+    data_dir: str | None = None
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """How often a checkpoint is written, and which are kept: the newest, and every one of a multiple of keep_every_steps.
 
@@ -123,6 +137,7 @@ class Recipe:
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
 
@@ -137,6 +152,9 @@ class Recipe:
             "training.batch_tokens": self.training.batch_tokens,
             "training.log_every_steps": self.training.log_every_steps,
             "validation.every_steps": self.validation.every_steps,
+            "evaluation.every_steps": self.evaluation.every_steps,
+            "evaluation.limit": self.evaluation.limit,
+            "evaluation.batch_size": self.evaluation.batch_size,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.keep_last": self.checkpoint.keep_last,
             "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps,

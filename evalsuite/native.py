@@ -18,8 +18,14 @@ from evalsuite.backends import ModelChoice, tokenizer_directory
 from evalsuite.counting import CountingHFLM
 from tinyllama import checkpoint
 from tinyllama.errors import UserError
+from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, load_model
 from tinyllama.model.llama import KVCache, Llama
+
+
+def hf_config(config: ModelConfig) -> LlamaConfig:
+    """The configuration as transformers has it, which HFLM asks for."""
+    return LlamaConfig(**{k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")})
 
 
 class _Body(torch.nn.Module):
@@ -28,8 +34,7 @@ class _Body(torch.nn.Module):
     def __init__(self, llama: Llama) -> None:
         super().__init__()
         self.llama = llama
-        values = llama.config.to_hf()
-        self.config = LlamaConfig(**{k: v for k, v in values.items() if k not in ("architectures", "model_type")})
+        self.config = hf_config(llama.config)
 
     @property
     def device(self) -> torch.device:

@@ -173,7 +173,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     data = bundle.find(request.data_dir) if request.data_dir else None
     if data:
         bundle.go_offline(scratch / "huggingface")
-    _quieten()
+    quieten()
     from evalsuite.definitions import prepare
 
     model_sha256 = backends.content_sha256(request.choice)
@@ -213,7 +213,9 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
             if model is None:
                 model = backends.make(request.choice, request.output)
             truncated_before = getattr(model, "num_truncated", None)
-            results = _run(model, task, request.limit)
+            results = run_task(model, task, request.limit)
+            if results is None:
+                raise RuntimeError("lm-eval returned nothing")
             entry = score(task.benchmark, results, task.leaves)
             entry["truncated_prompts"] = None if truncated_before is None else model.num_truncated - truncated_before
             entry["seconds"] = round(time.monotonic() - started, 2)
@@ -230,7 +232,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     return json.loads(path.read_text())
 
 
-def _run(model: Any, task: Any, limit: int | None) -> dict[str, Any]:
+def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
+    """lm-eval's results of one prepared benchmark; None in a process that is not the first of its launcher."""
     import lm_eval
 
     results = lm_eval.simple_evaluate(
@@ -242,7 +245,7 @@ def _run(model: Any, task: Any, limit: int | None) -> dict[str, Any]:
         log_samples=True,
     )
     if results is None:
-        raise RuntimeError("lm-eval returned nothing")
+        return None
     for leaf in task.leaves:
         values = [v for k, v in results["results"][leaf].items() if "," in k and "_stderr" not in k]
         if any(isinstance(v, float) and math.isnan(v) for v in values):
@@ -260,7 +263,7 @@ def _write_samples(path: Path, samples: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """lm-eval and its libraries write progress and advice of their own; ours is shown instead."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

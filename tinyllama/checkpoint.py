@@ -1,9 +1,11 @@
 """Training checkpoints: the format, reading and checking. Needs torch and safetensors, not DeepSpeed.
 
     RUN/checkpoints/step-00000100/manifest.json          sha256 and size of every other file; written last
-                                  state.json             step, tokens, optimizer steps, data position, recipe, versions
+                                  state.json             step, tokens, optimizer steps, data position, ledgers, recipe,
+                                                         DeepSpeed JSON, versions, commit, proof
                                   tokenizer.model        the tokenizer that made the data
                                   shard-00000.safetensors ...  what each rank held, as slices of flattened tensors
+                                  rng-00000.json ...     the random generators of each rank
 
 Every tensor (the fp32 weights, and Adam's `exp_avg` and `exp_avg_sq`) is stored as flat slices `kind|name|start`, so
 that any number of ranks can read what any other number wrote. No pickle. A checkpoint exists once its folder has its
@@ -12,10 +14,11 @@ final name: it is written beside the others and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = "tinyllama-checkpoint-1"
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WRITE_BYTES = 1 << 24
 STEP_NAME = re.compile(r"^step-(\d+)$")
 
 
@@ -87,6 +91,38 @@ def verify(directory: Path) -> dict[str, Any]:
         if not path.exists() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} does not match its checksum", fix="use another checkpoint")
     return read_json(directory / "state.json")
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], report: Callable[[int], None]) -> str:
+    """Write flat fp32 tensors as a safetensors file that is on the disk when this returns; gives its sha256.
+
+    Nothing is copied but a tensor that is not in host memory, one at a time. report: called with the bytes of each part.
+    """
+    header: dict[str, Any] = {}
+    position = 0
+    for name, tensor in tensors.items():
+        end = position + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    digest = hashlib.sha256()
+    with open(path, "wb") as stream:
+        for part in _parts(len(text).to_bytes(8, "little") + text, tensors):
+            stream.write(part)
+            digest.update(part)
+            report(len(part))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _parts(header: bytes, tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    for tensor in tensors.values():
+        data = memoryview(tensor.cpu().numpy()).cast("B")
+        for start in range(0, len(data), WRITE_BYTES):
+            yield data[start : start + WRITE_BYTES]
 
 
 class Slices:

@@ -24,6 +24,9 @@ def train_command(
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
     setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
+    eval_every: Annotated[
+        int | None, typer.Option(help="Score the model by the recipe's lm-eval tasks every so many steps.")
+    ] = None,
     num_accelerators: Annotated[
         int | None, typer.Option(help="Ranks on this machine; default: its GPUs, or 1.")
     ] = None,
@@ -39,10 +42,12 @@ def train_command(
     mfu: Annotated[float, typer.Option(help="Dry run: share of the device's peak to assume.")] = 0.4,
     gigabytes_per_s: Annotated[float, typer.Option(help="Dry run: what one rank can send to assume.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Dry run: print as JSON.")] = False,
+    inject: Annotated[str, typer.Option(hidden=True, help="Faults, for tests: see train/injection.py.")] = "",
 ) -> None:
     """Pretrain under DeepSpeed. Run the same command again to continue from the last checkpoint.
 
-    Exit code 75: stopped by a signal, after saving.
+    Exit code 75: stopped by a signal, after saving; 76: a rank hung or died. Both: run the same command again.
+    70: the run is unhealthy; 74: a checkpoint could not be written.
 
     [bold]Examples[/]
 
@@ -69,6 +74,8 @@ def train_command(
     from train.recipe import load_recipe
     from train.state import refuse_other_run
 
+    if eval_every is not None:
+        setting = [*setting, f"evaluation.every_steps={eval_every}"]
     if not dry_run:
         deepspeed_launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
@@ -106,6 +113,7 @@ def train_command(
 
     script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
     script += ["--recipe", recipe] if recipe else []
+    script += ["--inject", inject] if inject else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
     arguments = shlex.split(launcher)

@@ -1,11 +1,13 @@
-"""What a run tells: `metrics.jsonl` (one object a logged step) and the console of rank 0.
+"""What a run tells: `metrics.jsonl` (one object a logged step), the console of rank 0, and DeepSpeed's monitors.
 
-On a terminal the console is a live progress bar with ETA above which nothing scrolls away; elsewhere a plain line for
-each logged step.
+The monitors are TensorBoard, Weights & Biases, Comet and CSV files, whichever the DeepSpeed JSON enables. On a terminal
+the console is a live progress bar with ETA above which nothing scrolls away; elsewhere a plain line for each of about
+fifty steps.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tinyllama.errors import ConfigError
 
 # Dense bf16 peaks in FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12,
@@ -56,6 +60,17 @@ def peak_flops() -> tuple[float, str]:
     )
 
 
+def peak_memory_bytes() -> int:
+    """The most memory that this rank has had: of the GPU, or on CPUs of the process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class MetricsFile:
     """Appends to `metrics.jsonl`. On a resume, lines of steps that will be done again are dropped first."""
 
@@ -78,6 +93,53 @@ class MetricsFile:
         # NaN is not JSON: a number that is not known is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._stream.write(json.dumps(clean) + "\n")
+
+    def close(self) -> None:
+        """The file may be opened anew."""
+        self._stream.close()
+
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml", "csv_monitor": None}  # name to package
+
+
+def take_monitors(deepspeed_config: dict[str, Any], run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON without its monitor sections, and these. What is written to files goes into the run directory.
+
+    DeepSpeed's engine would write events of its own to them, and wait for the device in every micro-step to do so.
+    """
+    rest = dict(deepspeed_config)
+    sections = {name: dict(rest.pop(name)) for name in MONITORS if name in rest}
+    for name, section in sections.items():
+        package = MONITORS[name]
+        if section.get("enabled") and package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"DeepSpeed JSON: {name} is enabled, {package} is not installed", fix=f"install {package}"
+            )
+        if name in ("tensorboard", "csv_monitor"):
+            section.setdefault("output_path", str(run))
+            section.setdefault("job_name", name.removesuffix("_monitor"))
+    return rest, sections
+
+
+class Monitors:
+    """DeepSpeed's monitors under our own names: `train/loss` by step."""
+
+    def __init__(self, sections: dict[str, Any]) -> None:
+        from deepspeed.monitor.config import get_monitor_config
+        from deepspeed.monitor.monitor import MonitorMaster
+
+        self._master = MonitorMaster(get_monitor_config(sections))
+
+    def write(self, group: str, step: int, values: dict[str, Any]) -> None:
+        """Every number in `values`, nested ones with their path."""
+        events = []
+        for name, value in values.items():
+            if isinstance(value, dict):
+                self.write(f"{group}/{name}", step, value)
+            elif isinstance(value, int | float) and name not in ("step", "tokens"):
+                events.append((f"{group}/{name}", value, step))
+        if self._master.enabled and events:
+            self._master.write_events(events)
 
 
 class TrainingConsole:
@@ -110,6 +172,10 @@ class TrainingConsole:
         """Show one logged step; without a terminal only about every fiftieth part of the run is printed."""
         loss, rate, norm = entry["loss"], entry["tokens_per_s"], entry["grad_norm"]
         line = f"loss {loss:.3f}  lr {entry['lr']:.2e}  |g| {norm:.2f}  {rate:,.0f} tok/s  MFU {entry['mfu']:.1%}"
+        epochs = ", ".join(f"{name} {count:.2f}" for name, count in entry["epochs"].items())
+        line += f"  {entry['peak_memory_bytes'] / 1e9:.1f} GB  epochs {epochs}"
+        if entry["skipped_steps"]:
+            line += f"  skipped {entry['skipped_steps']}"
         self._progress.update(self._task, completed=entry["tokens"], line=line)
         if self.active and not self.live:
             total = self._progress.tasks[0].total or 1

@@ -130,6 +130,10 @@ def resolve_deepspeed(
     for key, value in sizes.items():
         if zero.get(key, "auto") == "auto":
             zero[key] = value
+    bf16 = resolved.get("bf16", {})
+    # With this off DeepSpeed steps on a gradient that is not finite (stages 1 and 2).
+    if bf16.get("enabled") and not bf16.setdefault("check_grad_overflow", True):
+        raise ConfigError("DeepSpeed JSON: bf16.check_grad_overflow=false lets NaN into the weights", fix="remove it")
     resolved.update(ours, train_micro_batch_size_per_gpu=plan.micro)
     for key, value in _leaves(resolved):
         if value == "auto":

@@ -2,8 +2,14 @@
 
     deepspeed train/pretrain.py --deepspeed ds_configs/zero3.json --recipe tinyllama_1.1b --data DATA --output RUN
 
-Exit codes: 0 the run is complete, 2 a mistake in the input, 75 stopped by a signal after saving (run the same command
-again to continue), 1 a failure.
+Exit codes, for a supervisor:
+    0   the run is complete
+    2   a mistake in the input: correct it
+    70  the run is unhealthy (a loss or gradient that is not finite, spike upon spike, weights that do not move)
+    74  a checkpoint could not be written (a full disk): make room; the checkpoints before it stand
+    75  stopped by a signal, after saving: run the same command again
+    76  a rank hung or died, the stacks are in RUN/stacks: run the same command again
+    1   any other failure
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -24,10 +31,15 @@ from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
+from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
+from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
+from train.injection import parse as parse_injection  # noqa: E402
+from train.metrics import take_monitors  # noqa: E402
 from train.recipe import Recipe, load_recipe  # noqa: E402
+from train.saver import SaveError, Saver  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
 
-STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL: try again later
+UNHEALTHY, SAVE_FAILED, STOPPED_BY_SIGNAL = 70, 74, 75  # EX_SOFTWARE, EX_IOERR, EX_TEMPFAIL; and heartbeat.HUNG
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to keep with the checkpoints")
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
+    parser.add_argument("--inject", default="", help=argparse.SUPPRESS)  # faults: see train/injection.py
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -82,8 +95,8 @@ def build_optimizer(model, recipe: Recipe, offloaded: bool):
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """One training run, from the command line to the last checkpoint. Returns the exit code."""
+def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
+    """One training run, from the command line to the last checkpoint. Returns the exit code. beat: this rank's."""
     # -- What and how, checked before anything heavy is imported ---------------------------------------------------
     recipe = load_recipe(arguments.recipe, arguments.set)
     deepspeed_config = planning.read_deepspeed(arguments.deepspeed)
@@ -95,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
     separator = mixture.separator_id if recipe.data.document_masking else None
     output = Path(arguments.output)
+    injection = parse_injection(arguments.inject)
+    deepspeed_config, monitor_sections = take_monitors(deepspeed_config, output)
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
     import torch
@@ -109,9 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
     from tinyllama import checkpoint
     from tinyllama.model.hf import fill
     from tinyllama.model.llama import Llama
+    from train import generators
     from train import state as saved
     from train.distributed import init_distributed
-    from train.metrics import MetricsFile, TrainingConsole, peak_flops
+    from train.evaluation import Evaluation
+    from train.metrics import MetricsFile, Monitors, TrainingConsole, peak_flops, peak_memory_bytes
+    from train.proof import Proof
     from train.validation import validate
 
     local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank))
@@ -121,13 +139,28 @@ def run(arguments: argparse.Namespace) -> int:
     init_distributed(deepspeed_config)
     # Signals and small flags travel apart from the GPU's work, so that they never wait for it.
     control = dist.new_group(backend="gloo")
+    beat.start()
+    dist.barrier(group=control)  # a watchdog must not read the heartbeats of a run before this one
+    watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s)
+    injection.attach(beat)
 
-    state: dict = {
+    # What a checkpoint says of the run besides its weights; the first part changes from step to step.
+    progress = {
         "step": 0,
         "tokens": 0,
         "optimizer_steps": 0,
+        "skipped_steps": 0,
+        "data_offset": 0,  # batches that a rewind left out: step s reads batch s + data_offset
+        "loss_window": [],
+        "spikes": [],
+    }
+    state: dict = {
+        **progress,
         "mixture_sha256": mixture.sha256,
         "recipe": recipe.to_dict(),
+        "deepspeed": {**deepspeed_config, **monitor_sections},
+        "versions": saved.versions(),
+        "git": saved.commit() if rank == 0 else {},
     }
     found = None
     if arguments.resume != "never":
@@ -141,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{output} has checkpoints", fix="give another --output, or use --resume auto")
     if found:
         saved.refuse_other_run(found[1], state, found[0])
-        state.update({key: found[1][key] for key in ("step", "tokens", "optimizer_steps")})
+        state.update({key: found[1].get(key, start) for key, start in progress.items()})
 
     # -- Model, optimizer, engine -----------------------------------------------------------------------------------
     with torch.device("meta"):  # every weight is filled below, from the checkpoint or the seed
@@ -158,18 +191,23 @@ def run(arguments: argparse.Namespace) -> int:
         engine.compile()
     if found:
         saved.load_optimizer(engine, found[0], state["optimizer_steps"])
+        generators.restore(found[0], rank)
+    forward = {"separator_id": separator, "device": device, "beat": beat}
+    proof = Proof(engine, mixture, held_out, plan.micro, forward) if recipe.checkpoint.proof else None
+    if proof and found and "proof" in found[1]:
+        proof.check(found[1]["proof"], (state["step"] + state["data_offset"]) * plan.sequences, found[0])
 
     # -- Run directory, console -------------------------------------------------------------------------------------
     total_steps = planning.num_steps(recipe)
     flops = recipe.model.flops_per_token(recipe.data.sequence_length)
     peak, peak_source = peak_flops()
     console = TrainingConsole(rank == 0, recipe.training.tokens, state["tokens"])
-    metrics = None
+    metrics = ledger = monitors = None
     if rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         resolved = {
             "recipe": recipe.to_dict(),
-            "deepspeed": deepspeed_config,
+            "deepspeed": state["deepspeed"],
             "batch": {"micro": plan.micro, "accumulation": plan.accumulation, "ranks": ranks},
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,
@@ -177,112 +215,230 @@ def run(arguments: argparse.Namespace) -> int:
             "peak_flops": peak if peak == peak else None,
             "peak_flops_source": peak_source,
             "mixture_sha256": mixture.sha256,
-            "versions": saved.versions(),
+            "versions": state["versions"],
+            "git": state["git"],
         }
         (output / "config.partial").write_text(json.dumps(resolved, indent=2) + "\n")
         os.replace(output / "config.partial", output / "config.json")
         metrics = MetricsFile(output / "metrics.jsonl", state["step"])
+        ledger = SpikeLedger(output / "spikes.jsonl", state["spikes"])
+        monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
     console.print(f"[green]resumed[/] from {found[0]}" if found else "starting from new weights")
 
     # -- Signals: remember, finish the step, save, leave ------------------------------------------------------------
-    stop = torch.zeros(1, dtype=torch.int32)
+    signalled: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.fill_(1))
+        signal.signal(number, lambda number, _: signalled.append(number))
+
+    guard = LossGuard(recipe.health, device, state["loss_window"], state["spikes"])
+    frozen = FrozenWeights(recipe.health.frozen_after_steps)
+    evaluation = Evaluation(recipe, engine, tokenizer, control, beat) if recipe.evaluation.every_steps else None
+    saver = Saver(output, recipe.checkpoint, tokenizer, control, beat)
 
     def save() -> None:
-        folder = saved.save(engine, output, state, tokenizer, recipe.checkpoint.keep_last)
-        console.print(f"saved {folder}")
+        beat("save")
+        guard.read()
+        state.update(loss_window=guard.window(), spikes=guard.spikes)
+        if proof:
+            state["proof"] = proof.take((state["step"] + state["data_offset"]) * plan.sequences)
+        beat("save")
+        saver.save(engine, state)
+
+    def report_save() -> None:
+        if (ended := saver.take_finished()) and metrics and monitors:
+            metrics.write(ended)
+            monitors.write("train", ended["step"], ended)
+            console.print(
+                f"saved {checkpoint.step_name(ended['step'])} in {ended['save_s']:.1f} s, "
+                f"of which the training waited {ended['save_stall_s']:.2f} s"
+            )
+
+    def report_spikes() -> None:
+        for spike in guard.take_news():
+            console.print(
+                f"[yellow]step {spike['step']}: loss {spike['loss']:.3f} is a spike, above {spike['limit']:.3f}[/]: "
+                f"{spike['action']}"
+            )
+            if ledger:
+                ledger.write([spike])
+
+    def rewind(batch: int) -> None:
+        """Back to the last checkpoint; the batches since then, up to `batch`, are left out of the run."""
+        nonlocal guard, metrics
+        beat("rewind")
+        saver.wait()
+        chosen = [saved.newest_valid(output, lambda text: print(text, file=sys.stderr)) if rank == 0 else None]
+        dist.broadcast_object_list(chosen, group=control)
+        if chosen[0] is None:
+            raise UnhealthyRunError("a loss spike before the first checkpoint: there is nothing to rewind to")
+        directory, old = chosen[0]
+        guard.spikes[-1].update(to=old["step"], left_out=[old["step"] + old["data_offset"], batch])
+        report_spikes()
+        spikes = guard.spikes
+        state.update({key: old.get(key, start) for key, start in progress.items()})
+        state.update(spikes=spikes, data_offset=batch + 1 - old["step"])
+        if sum(spike.get("to") == old["step"] for spike in spikes) > recipe.health.max_interventions:
+            raise UnhealthyRunError(f"step {old['step']}: rewound to it too often, health.max_interventions")
+        saved.load_weights(engine, directory)
+        saved.load_optimizer(engine, directory, state["optimizer_steps"])
+        guard = LossGuard(recipe.health, device, state["loss_window"], spikes)
+        if metrics:
+            metrics.close()
+            metrics = MetricsFile(output / "metrics.jsonl", state["step"])
 
     # -- The loop ---------------------------------------------------------------------------------------------------
     engine.train()
-    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     logged_at, logged_step = time.perf_counter(), state["step"]
-    for step in range(state["step"], total_steps):
+    while (step := state["step"]) < total_steps:
+        beat.step = step
+        batch = step + state["data_offset"]
         # The mean is over the targets of the whole step, wherever they are. DeepSpeed averages over ranks and divides
         # by the accumulation, so both are multiplied back.
-        targets_in_step = mixture.num_targets(range(step * plan.sequences, (step + 1) * plan.sequences))
+        targets_in_step = mixture.num_targets(range(batch * plan.sequences, (batch + 1) * plan.sequences))
+        weight = ranks * plan.accumulation / targets_in_step
         lr = learning_rate(state["tokens"], recipe)
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * injection.lr_factor(batch)
 
+        loss = torch.zeros((), dtype=torch.float32, device=device)
         for micro_step in range(plan.accumulation):
-            ids, targets = mixture.fetch(plan.samples(step, rank, micro_step))
-            summed = engine(**model_inputs(ids, targets, separator, device))
-            engine.backward(summed * (ranks * plan.accumulation / targets_in_step))
+            beat("data")
+            ids, targets = mixture.fetch(plan.samples(batch, rank, micro_step))
+            beat("forward")
+            summed = engine(**model_inputs(ids, targets, separator, device)) * injection.loss_factor(batch)
+            loss += summed.detach() / targets_in_step
+            beat("backward")
+            if micro_step + 1 < plan.accumulation:
+                engine.backward(summed * weight)
+            else:
+                # The loss of the step is whole before its last backward, which a sick one makes NaN (train/health.py).
+                dist.all_reduce(loss)
+                engine.backward(summed * (weight + guard.veto(loss, step, batch)))
+            beat("step")
             engine.step()  # acts on the last micro-step only
-            loss_sum += summed.detach() / targets_in_step
-        if not engine.was_step_applied():
-            raise FloatingPointError(
-                f"step {step + 1}: the gradient is not finite; the weights are those of step {step}, nothing was saved"
-            )
-        state.update(step=step + 1, tokens=(step + 1) * plan.tokens, optimizer_steps=state["optimizer_steps"] + 1)
-        state["epochs"] = mixture.epochs((step + 1) * plan.sequences)
+        action = guard.judge(engine.was_step_applied())
+        if action == "rewind":
+            rewind(batch)
+            logged_at, logged_step = time.perf_counter(), state["step"]
+            continue
+        state.update(step=step + 1, tokens=(step + 1) * plan.tokens)
+        state["optimizer_steps" if action == "go on" else "skipped_steps"] += 1
+        frozen.applied(lr if action == "go on" else 0.0)
+        state["epochs"] = mixture.epochs((batch + 1) * plan.sequences)
         last = step + 1 == total_steps
+        watchdog.limit_s = recipe.health.hang_timeout_s
 
         # -- Log: the one host sync -------------------------------------------------------------------------------
+        stands_still = False
         if (step + 1) % recipe.training.log_every_steps == 0 or last:
-            dist.all_reduce(loss_sum)
+            beat("log")
+            guard.read()
+            report_spikes()
+            stands_still = frozen.seen(fingerprint(engine))
             seconds = (time.perf_counter() - logged_at) / (step + 1 - logged_step)
             entry = {
                 "step": step + 1,
                 "tokens": state["tokens"],
-                "loss": loss_sum.item() / (step + 1 - logged_step),
+                "loss": guard.take_mean(),
                 "lr": lr,
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "tokens_per_s": plan.tokens / seconds,
                 "mfu": plan.tokens * flops / seconds / (peak * ranks),
                 "step_time_s": seconds,
-                "skipped_steps": engine.skipped_steps,
+                "skipped_steps": state["skipped_steps"],
+                "peak_memory_bytes": peak_memory_bytes(),
                 "epochs": state["epochs"],
             }
-            if metrics:
+            if metrics and monitors:
                 metrics.write(entry)
+                monitors.write("train", step + 1, entry)
             console.step(entry)
-            loss_sum.zero_()
             logged_at, logged_step = time.perf_counter(), step + 1
 
-        # -- Validate, save, stop ---------------------------------------------------------------------------------
+        # -- Validate ---------------------------------------------------------------------------------------------
         if (step + 1) % recipe.validation.every_steps == 0 or last:
-            results = validate(engine, held_out, recipe.validation.max_sequences, plan.micro, separator, device)
-            if metrics:
+            results = validate(engine, held_out, recipe.validation.max_sequences, micro=plan.micro, **forward)
+            if metrics and monitors:
                 metrics.write({"step": step + 1, "tokens": state["tokens"], "validation": results})
+                monitors.write("validation", step + 1, results)
             for name, result in results.items():
                 console.print(
                     f"step {step + 1}: validation {name}: loss {result['loss']:.4f}, "
                     f"{result['bits_per_byte']:.4f} bits per byte"
                 )
             logged_at = time.perf_counter()
-        dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=control)
-        stopping = bool(stop)
+
+        # -- Evaluate ---------------------------------------------------------------------------------------------
+        if evaluation and ((step + 1) % (recipe.evaluation.every_steps or total_steps) == 0 or last):
+            scores = evaluation.run()
+            if metrics and monitors:
+                metrics.write({"step": step + 1, "tokens": state["tokens"], "evaluation": scores})
+                monitors.write("evaluation", step + 1, scores)
+            for name, score in scores.items():
+                console.print(f"step {step + 1}: {name}: {score['metric']} {score['value']:.4f} on {score['n']} items")
+            logged_at = time.perf_counter()
+
+        # -- Stop, save: what one rank has met, all act on ----------------------------------------------------------
+        beat("control")
+        met = torch.tensor([bool(signalled), saver.failed, stands_still], dtype=torch.int32)
+        dist.all_reduce(met, op=dist.ReduceOp.MAX, group=control)
+        stopping, save_failed, stands_still = map(bool, met.tolist())
+        if stands_still:
+            raise UnhealthyRunError(
+                f"step {step + 1}: the weights have not changed in {recipe.health.frozen_after_steps} steps, "
+                f"health.frozen_after_steps; nothing was saved"
+            )
+        if save_failed:
+            saver.wait()  # raises, on every rank
         if (step + 1) % recipe.checkpoint.every_steps == 0 or last or stopping:
             save()
             logged_at = time.perf_counter()
+        if last or stopping:
+            saver.wait()
+        report_save()
         if stopping and not last:
             console.close()
             console.print(f"stopped by a signal after step {step + 1}; run the same command again to continue")
             return STOPPED_BY_SIGNAL
+    if evaluation:
+        evaluation.close()
     console.close()
     console.print(f"done: {state['tokens']:,} tokens in {output}")
     return 0
 
 
-def main() -> int:
-    """Run, and turn a user's mistake into one red line (from rank 0 alone) and exit code 2."""
-    arguments = parse_arguments()
-    try:
-        return run(arguments)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            from rich.console import Console
+def print_error(text: str) -> None:
+    """One red line."""
+    from rich.console import Console
 
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {error}", markup=True)
-        return 2
+    line = " ".join(text.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {line}", markup=True)
+
+
+def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
+    """Run, and turn what can go wrong into an exit code and one red line from one rank."""
+    try:
+        return run(arguments, beat)
+    except (UserError, UnhealthyRunError) as error:  # all ranks meet these at once
+        if beat.rank == 0:
+            print_error(str(error))
+        return 2 if isinstance(error, UserError) else UNHEALTHY
+    except SaveError as error:
+        if error.here:
+            print_error(str(error))
+        return SAVE_FAILED
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":
-    code = main()
+    given = parse_arguments()
+    heartbeat = Heartbeat(Path(given.output), int(os.environ.get("RANK", 0)))
+    code = main(given, heartbeat)
     sys.stdout.flush()
     sys.stderr.flush()
+    heartbeat.end(code)
     # Gloo's threads can abort a process that ends in order after its peers; everything is on disk by now.
     os._exit(code)

@@ -19,6 +19,7 @@ from tinyllama.model.config import ModelConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "tinyllama_1.1b.json"
+SPIKE_POLICIES = ("warn", "skip", "rewind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +80,52 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """lm-eval tasks on the model as it trains: how often (never when null), which, on how many items, from which bundle.
+
+    batch_size: rows that a rank takes at a time.
+    """
+
+    every_steps: int | None = None
+    tasks: str = "commonsense"
+    limit: int | None = None
+    data_dir: str | None = None
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a checkpoint is written, and how many of the newest are kept."""
+    """How often a checkpoint is written, and which are kept: the newest, and every one of a multiple of keep_every_steps.
+
+    background: the step waits only for a copy in host memory (12 bytes a parameter, divided by the ranks), which a
+    thread then writes. proof: what a checkpoint proves of itself on loading (`train/proof.py`) is stored and checked.
+    """
 
     every_steps: int = 1000
     keep_last: int = 3
+    keep_every_steps: int | None = None
+    background: bool = True
+    proof: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthConfig:
+    """What counts as sick, and what is done about it (`train/health.py`, `train/heartbeat.py`).
+
+    A loss above median + spike_sigmas robust sigmas of the last spike_window steps is a spike. on_spike: "warn", "skip"
+    (the weights do not move) or "rewind" (to the last checkpoint, leaving out every batch since). max_interventions: so
+    many skips in a row, or rewinds to one checkpoint, end the run. frozen_after_steps: so many steps without a change of
+    the weights do too. Heartbeats that stand still for hang_timeout_s end it with the stacks of all ranks; the first
+    step, which compiles, has first_step_timeout_s.
+    """
+
+    on_spike: str = "warn"
+    spike_sigmas: float = 6.0
+    spike_window: int = 128
+    max_interventions: int = 10
+    frozen_after_steps: int = 100
+    hang_timeout_s: float = 600.0
+    first_step_timeout_s: float = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +137,9 @@ class Recipe:
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
     def __post_init__(self) -> None:
         opt = self.optimizer
@@ -108,17 +152,26 @@ class Recipe:
             "training.batch_tokens": self.training.batch_tokens,
             "training.log_every_steps": self.training.log_every_steps,
             "validation.every_steps": self.validation.every_steps,
+            "evaluation.every_steps": self.evaluation.every_steps,
+            "evaluation.limit": self.evaluation.limit,
+            "evaluation.batch_size": self.evaluation.batch_size,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "checkpoint.keep_last": self.checkpoint.keep_last,
+            "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps,
+            **{f"health.{k}": v for k, v in dataclasses.asdict(self.health).items() if k != "on_spike"},
         }
         for key, value in positive.items():
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ConfigError(f"{key}={value} is not above zero", fix="correct the recipe")
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length} is above "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}",
                 fix="raise max_position_embeddings",
+            )
+        if self.health.on_spike not in SPIKE_POLICIES:
+            raise ConfigError(
+                f"health.on_spike={self.health.on_spike!r}", fix=nearest(self.health.on_spike, list(SPIKE_POLICIES))
             )
         names = [source.name for source in self.data.sources]
         if not names or len(set(names)) != len(names):

@@ -1,4 +1,4 @@
-"""Checkpoints of a DeepSpeed engine: every rank writes the slices that are its own, rank 0 makes the result valid.
+"""The state of a DeepSpeed engine: the slices of weights and moments that each rank holds, and a checkpoint put back.
 
 The format is `tinyllama.checkpoint`'s, so any number of ranks and any ZeRO stage can resume, and no DeepSpeed is needed to
 export. Under stage 3 DeepSpeed's documented accessors give the local part of a parameter. Under stages 1 and 2 there are
@@ -8,16 +8,13 @@ accessors for whole tensors alone, which move every tensor to every rank: there 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import shutil
+import subprocess
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama import checkpoint
-from tinyllama.data.store import file_sha256
 from tinyllama.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,13 +34,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+def commit() -> dict[str, Any]:
+    """The git commit of the working directory, and whether files differ from it; empty outside of a repository."""
+    found = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if done.returncode:
+            return {}
+        found.append(done.stdout.strip())
+    return {"commit": found[0], "dirty": bool(found[1])}
+
+
 def _local_range(numel: int, rank: int, ranks: int) -> tuple[int, int]:
     """The elements of a flattened parameter that ZeRO-3 keeps on `rank`: equal parts, the last ones padded."""
     part = -(-numel // ranks)
     return min(numel, rank * part), min(numel, (rank + 1) * part)
 
 
-def _local_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
+def local_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
     """This rank's slice [start, stop) of each flattened parameter: its fp32 weights and moments, views where possible."""
     import torch.distributed as dist
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -71,62 +82,6 @@ def _local_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict
             for moment in checkpoint.MOMENTS:
                 local[moment] = mapping.get_hp_fragment(optim_state_key=moment)
         yield name, start, stop, local
-
-
-def save(engine: DeepSpeedEngine, run: Path, state: dict[str, Any], tokenizer: Path | None, keep_last: int) -> Path:
-    """Write the checkpoint of `state["step"]`; collective. Returns its folder, which appears by one rename."""
-    import torch.distributed as dist
-    from safetensors.torch import save_file
-
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    final = run / "checkpoints" / checkpoint.step_name(state["step"])
-    partial = final.with_name(f"partial-{final.name}")
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    tensors = {}
-    for name, start, stop, local in _local_slices(engine):
-        for kind, tensor in local.items():
-            tensors[f"{kind}|{name}|{start}"] = tensor.flatten()[: stop - start].cpu().clone()
-    shard = partial / f"shard-{rank:05d}.safetensors"
-    save_file(tensors, shard)
-    with open(shard, "rb") as stream:
-        os.fsync(stream.fileno())
-    entries: list[Any] = [None] * ranks
-    dist.all_gather_object(entries, {shard.name: {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}})
-    if rank == 0:
-        files = {name: entry for found in entries for name, entry in found.items()}
-        _finish(partial, final, {**state, "ranks": ranks, "versions": versions()}, tokenizer, files)
-        for _, old in checkpoint.list_checkpoints(run)[:-keep_last]:
-            # A folder that loses its final name first is never half of a checkpoint.
-            doomed = old.with_name(f"partial-{old.name}")
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
-    dist.barrier()
-    return final
-
-
-def _finish(partial: Path, final: Path, state: dict[str, Any], tokenizer: Path | None, files: dict[str, Any]) -> None:
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / "tokenizer.model")
-    for name in ("state.json", "tokenizer.model"):
-        if (partial / name).exists():
-            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
-    with open(partial / "manifest.json", "w") as stream:
-        json.dump({"format": checkpoint.FORMAT, "files": files}, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    replaced = final.with_name(f"partial-replaced-{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def newest_valid(run: Path, warn: Any) -> tuple[Path, dict[str, Any]] | None:
@@ -161,6 +116,24 @@ def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> N
         )
 
 
+def load_weights(engine: DeepSpeedEngine, directory: Path) -> None:
+    """Put a checkpoint's weights into the low-precision copy of an engine that has already trained; collective."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    parameters = dict(engine.module.named_parameters())
+    for name, tensor in checkpoint.read_weights(directory):
+        parameter = parameters[name]
+        if engine.zero_optimization_stage() == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if dist.get_rank() == 0:
+                    parameter.data.copy_(tensor)
+        else:
+            with torch.no_grad():
+                parameter.copy_(tensor)
+
+
 def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: int) -> None:
     """Fill the fp32 master weights and Adam's moments of this rank from a checkpoint; collective-free.
 
@@ -185,7 +158,7 @@ def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: in
     if stage == 3:
         _fill_stage3(engine, slices)
         return
-    for name, start, stop, local in _local_slices(engine):
+    for name, start, stop, local in local_slices(engine):
         for kind, tensor in local.items():
             tensor.data.copy_(slices.read(kind, name, start, stop))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tinyllama.data.loader import HeldOut
@@ -12,44 +13,59 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def validate(
+def held_out_loss(
     engine: DeepSpeedEngine,
-    held_out: list[HeldOut],
-    max_sequences: int,
+    source: HeldOut,
+    max_windows: int,
+    *,
     micro: int,
     separator_id: int | None,
     device: Any,
-) -> dict[str, dict[str, float]]:
-    """Per source: loss (nats per token) and bits_per_byte over at most `max_sequences` windows; collective.
+    beat: Callable[[str], None],
+) -> tuple[float, int]:
+    """Summed loss and number of targets of a source's first windows, over all ranks; collective.
 
     Every rank runs the same number of forward passes (windows past the end carry no targets), as ZeRO-3 needs.
+    beat: called before each of them, as a sign of life.
     """
     import torch
     import torch.distributed as dist
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    windows = min(source.num_windows, max_windows)
+    totals = torch.zeros(2, dtype=torch.float64)
     engine.eval()
-    results = {}
     with torch.no_grad():
-        for source in held_out:
-            windows = min(source.num_windows, max_sequences)
-            totals = torch.zeros(2, dtype=torch.float64)
-            for start in range(0, windows, micro * ranks):
-                first = start + rank * micro
-                mine = [n if n < windows else source.num_windows for n in range(first, first + micro)]
-                ids, targets = source.fetch(mine)
-                loss = engine(**model_inputs(ids, targets, separator_id, device))
-                totals += torch.tensor([loss.item(), float((targets >= 0).sum())], dtype=torch.float64)
-            totals = totals.to(device)
-            dist.all_reduce(totals)
-            loss_sum, count = totals.tolist()
-            if count:
-                tokens_per_byte = source.store.num_tokens / max(1, source.bytes_of_text)
-                loss = loss_sum / count
-                results[source.name] = {
-                    "loss": loss,
-                    "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-                    "targets": int(count),
-                }
+        for start in range(0, windows, micro * ranks):
+            beat("validate")
+            first = start + rank * micro
+            mine = [n if n < windows else source.num_windows for n in range(first, first + micro)]
+            ids, targets = source.fetch(mine)
+            loss = engine(**model_inputs(ids, targets, separator_id, device))
+            totals += torch.tensor([loss.item(), float((targets >= 0).sum())], dtype=torch.float64)
     engine.train()
+    totals = totals.to(device)
+    dist.all_reduce(totals)
+    loss_sum, count = totals.tolist()
+    return loss_sum, int(count)
+
+
+def validate(
+    engine: DeepSpeedEngine, held_out: list[HeldOut], max_sequences: int, **forward: Any
+) -> dict[str, dict[str, float]]:
+    """Per source: loss (nats per token) and bits_per_byte over at most `max_sequences` windows; collective.
+
+    forward: the further arguments of `held_out_loss`.
+    """
+    results: dict[str, dict[str, float]] = {}
+    for source in held_out:
+        loss_sum, count = held_out_loss(engine, source, max_sequences, **forward)
+        if count:
+            tokens_per_byte = source.store.num_tokens / max(1, source.bytes_of_text)
+            loss = loss_sum / count
+            results[source.name] = {
+                "loss": loss,
+                "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+                "targets": count,
+            }
     return results

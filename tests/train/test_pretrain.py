@@ -260,17 +260,18 @@ def test_a_broken_newest_checkpoint_is_skipped_with_a_warning(finished_run, stor
 
 SNAPSHOTS = """
 import os, shutil, sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
 import deepspeed, torch
 from tinyllama.model.llama import Llama
-from train import state as saved
 from train.plan import read_deepspeed, resolve_deepspeed
 from train.pretrain import parameter_groups
 from train.recipe import load_recipe
 from train.distributed import init_distributed
+from train.saver import Saver
 
 run, snapshots = Path(sys.argv[1]), Path(sys.argv[2])
 recipe = load_recipe("demo", sys.argv[4:])
@@ -294,10 +295,15 @@ def snapshot(event, arguments):
         taken, busy = taken + 1, False
 
 state = {"step": 1, "tokens": 768, "optimizer_steps": 1, "mixture_sha256": "", "recipe": recipe.to_dict()}
-saved.save(engine, run, state, None, 2)
+control = torch.distributed.new_group(backend="gloo")
+config = replace(recipe.checkpoint, keep_last=2, proof=False)
+saver = Saver(run, config, None, control, lambda phase: None)
+saver.save(engine, state)
+saver.wait()
 sys.addaudithook(snapshot)
 for step in (2, 3, 3):  # the third pushes out the first; the fourth writes one that is there already
-    saved.save(engine, run, {**state, "step": step}, None, 2)
+    saver.save(engine, {**state, "step": step})
+    saver.wait()
 os._exit(0)
 """
 

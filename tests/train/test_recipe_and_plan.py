@@ -115,6 +115,7 @@ def test_every_shipped_deepspeed_json_resolves(path):
         ({"train_batch_size": 7}, "train_batch_size=7"),
         ({"zero_optimization": {"stage": 0}}, "stage=0"),
         ({"steps_per_print": "auto"}, "steps_per_print"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow=false"),
     ],
 )
 def test_contradictions_between_json_and_recipe_are_refused(tmp_path, change, words):

@@ -1,0 +1,25 @@
+"""The fault campaign in short: a rank killed in its backward pass, a corrupted newest checkpoint, a NaN."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_a_disturbed_run_ends_as_the_undisturbed_one(stores, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--short"]
+    command += ["--data", str(stores), "--output", str(tmp_path / "faults.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert [fault["kind"] for fault in found["faults"]] == ["SIGKILL", "corrupt", "nan"]
+    assert found["kills_in_the_phase_aimed_at"] == found["kills"] == 1
+    assert found["broken_checkpoints_skipped"] == 1
+    assert found["comparison"]["checkpoints_compared"] >= 10
+    assert found["comparison"]["checkpoints_differing"] == []
+    assert found["comparison"]["losses_equal"]

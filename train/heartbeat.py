@@ -1,0 +1,152 @@
+"""Signs of life: `RUN/heartbeats/rank-00000.json` says what each rank does, and a watchdog in every rank reads them all.
+
+When no rank of a run has moved for the time allowed, every rank writes the stacks of its threads to
+`RUN/stacks/rank-00000.txt` and ends with exit code 76, so that a supervisor can start the run again. One rank that hangs
+stops all others at the next exchange; as long as one moves (rank 0 writing to a slow disk) the run is alive. A rank whose
+process is gone ends the others in the same way, at once instead of after their network timeouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HUNG = 76
+ENDED = "ended"
+BYTES = 256  # of a heartbeat: overwritten in place by one write, without a rename for each phase
+INTERVAL_S = 0.5
+GRACE_S = 2.0  # for the others to write their stacks, or to end by themselves
+
+
+def heartbeat_file(run: Path, rank: int) -> Path:
+    """Where a rank says what it does."""
+    return run / "heartbeats" / f"rank-{rank:05d}.json"
+
+
+def stack_file(run: Path, rank: int) -> Path:
+    """Where a rank writes its stacks."""
+    return run / "stacks" / f"rank-{rank:05d}.txt"
+
+
+def read(run: Path, rank: int) -> dict[str, Any]:
+    """The last heartbeat of a rank; empty if there is none."""
+    try:
+        return json.loads(heartbeat_file(run, rank).read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+class Heartbeat:
+    """Writes this rank's file: `beat(phase)` costs some microseconds."""
+
+    def __init__(self, run: Path, rank: int) -> None:
+        self.run, self.rank, self.step = run, rank, 0
+        self.pauses: dict[tuple[str, int], float] = {}  # phase and step to seconds; see train/injection.py
+        self._descriptor: int | None = None
+        self._fixed = {"rank": rank, "pid": os.getpid(), "host": platform.node()}
+
+    def start(self) -> None:
+        """Create the file. Before this a beat is nothing: a mistake in the input leaves no run directory."""
+        path = heartbeat_file(self.run, self.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack_file(self.run, self.rank).unlink(missing_ok=True)  # of a run before this one
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self("start")
+
+    def __call__(self, phase: str, **more: Any) -> None:
+        if self._descriptor is None:
+            return
+        text = json.dumps({"phase": phase, "step": self.step, "time": round(time.time(), 3), **self._fixed, **more})
+        os.pwrite(self._descriptor, text.ljust(BYTES - 1).encode() + b"\n", 0)
+        if self.pauses:
+            time.sleep(self.pauses.pop((phase, self.step), 0.0))
+
+    def end(self, code: int) -> None:
+        """The last one: this rank ends by itself."""
+        self(ENDED, code=code)
+
+
+class Watchdog:
+    """A thread that ends a run that does not move. `limit_s` may be changed while it runs."""
+
+    def __init__(self, run: Path, rank: int, ranks: int, limit_s: float) -> None:
+        self.run, self.rank, self.limit_s = run, rank, limit_s
+        self._seen: list[dict[str, Any]] = [{} for _ in range(ranks)]
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        idle_s, last = 0.0, time.monotonic()
+        while True:
+            time.sleep(INTERVAL_S)
+            # A run that was suspended as a whole has not hung: its time is that of this thread.
+            idle_s += min(time.monotonic() - last, 2 * INTERVAL_S)
+            last = time.monotonic()
+            now = [
+                (read(self.run, rank) or seen) if self._is_looked_at(seen, idle_s) else seen
+                for rank, seen in enumerate(self._seen)
+            ]
+            if now != self._seen:
+                idle_s, self._seen = 0.0, now
+            ended = next((beat for beat in now if beat.get("phase") == ENDED and beat["rank"] != self.rank), None)
+            if now[self.rank].get("phase") == ENDED:
+                return
+            if ended is not None and ended["code"] not in (0, 75):
+                # Its reason is the run's; a rank that waits for it would hide that behind a timeout of its own.
+                time.sleep(GRACE_S)
+                if read(self.run, self.rank).get("phase") != ENDED:
+                    self._dump(f"rank {ended['rank']} has ended with exit code {ended['code']}")
+                    os._exit(ended["code"])
+            gone = next((beat for beat in now if _is_gone(beat)), None)
+            if gone is not None:
+                self._end(f"rank {gone['rank']} died in phase {gone['phase']!r} of step {gone['step'] + 1}")
+            if idle_s > self.limit_s:
+                self._end(f"no rank has moved for {idle_s:.0f} s: {self._behind()}")
+
+    def _is_looked_at(self, seen: dict[str, Any], idle_s: float) -> bool:
+        """Other hosts' ranks only when those here stand still: all files for all ranks are too many for a file system."""
+        return not seen or seen["host"] == platform.node() or idle_s > self.limit_s / 2
+
+    def _behind(self) -> str:
+        """Where the ranks stand, the one that has been still for longest first: the others wait for it."""
+        order = sorted((beat for beat in self._seen if beat), key=lambda beat: beat["time"])
+        return ", ".join(f"rank {beat['rank']} in {beat['phase']!r} of step {beat['step'] + 1}" for beat in order[:4])
+
+    def _end(self, why: str) -> None:
+        self._dump(why)
+        if self.rank == min(beat["rank"] for beat in self._seen if beat and not _is_gone(beat)):
+            print(f"error: {why}; stacks in {self.run / 'stacks'}", file=sys.stderr, flush=True)
+        time.sleep(GRACE_S)
+        for beat in self._seen:
+            # A rank that could not even write its stacks will not end by itself, and the launcher waits for it.
+            if beat and beat["host"] == platform.node() and not stack_file(self.run, beat["rank"]).exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat["pid"], signal.SIGKILL)
+        os._exit(HUNG)
+
+    def _dump(self, why: str) -> None:
+        path = stack_file(self.run, self.rank)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "w") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n{json.dumps(self._seen[self.rank])}\n\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+
+
+def _is_gone(beat: dict[str, Any]) -> bool:
+    """Whether a rank of this machine has no process any more, without having ended by itself."""
+    if not beat or beat["host"] != platform.node() or beat["phase"] == ENDED:
+        return False
+    try:
+        state = Path(f"/proc/{beat['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"

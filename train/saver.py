@@ -1,0 +1,238 @@
+"""Writes checkpoints behind the training: the step waits for a copy in host memory, a thread of each rank does the rest.
+
+The threads of the ranks never communicate over the network, where they would meet the training's own traffic. They hand
+over by files in the partial folder: each writes its shard and its generators, then `written-<rank>.json`; rank 0 waits
+for all of those, adds state and manifest, and renames the folder, which makes it a checkpoint. The next save, the end of
+the run and a signal wait for the last save. What goes wrong in a thread is raised by `check` or `wait`, on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama import checkpoint
+from tinyllama.data.store import file_sha256
+from train import generators
+from train import state as saved
+from train.proof import add_sums, parameter_sums
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch import Tensor
+
+    from train.recipe import CheckpointConfig
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those before it stand. `here`: by this rank."""
+
+    def __init__(self, text: str, here: bool) -> None:
+        super().__init__(text)
+        self.here = here
+
+
+class Saver:
+    """The checkpoints of one run. `save` and `wait` are collective over `control`, a group apart from the training's."""
+
+    def __init__(
+        self, run: Path, config: CheckpointConfig, tokenizer: Path | None, control: Any, beat: Callable[[str], None]
+    ) -> None:
+        import torch.distributed as dist
+
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._control, self._beat = control, beat
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._written, self._abandoned = threading.Event(), threading.Event()
+        self._partial = run
+        self._bytes = 0  # a sign of life for `wait`
+        self._error: BaseException | None = None
+        self._finished: dict[str, Any] | None = None
+
+    def save(self, engine: DeepSpeedEngine, state: dict[str, Any]) -> Path:
+        """Begin the checkpoint of `state["step"]`; returns the folder that it will have once it is valid."""
+        import torch.distributed as dist
+
+        began = time.perf_counter()
+        self.wait()
+        final = self.run / "checkpoints" / checkpoint.step_name(state["step"])
+        partial = self._partial = final.with_name(f"partial-{final.name}")
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier(group=self._control)
+        tensors = {
+            f"{kind}|{name}|{start}": tensor.detach().flatten()[: stop - start]
+            for name, start, stop, local in saved.local_slices(engine)
+            for kind, tensor in local.items()
+        }
+        if self.config.background:
+            tensors = self._to_host(tensors)
+        # The training goes on changing what the state refers to.
+        state = json.loads(json.dumps({**state, "ranks": self.ranks}))
+        random_state = generators.read_state()
+        self._written.clear()
+        self._abandoned.clear()
+        self._error = None
+        copied = time.perf_counter() - began
+
+        def work() -> None:
+            try:
+                self._write(partial, tensors, random_state)
+                self._written.set()
+                if self.rank == 0:
+                    self._finish(partial, final, state)
+                seconds = time.perf_counter() - began
+                stall = copied if self.config.background else seconds
+                self._finished = {"step": state["step"], "save_stall_s": stall, "save_s": seconds}
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._written.set()
+
+        self._thread = threading.Thread(target=work, name="saver", daemon=True)
+        self._thread.start()
+        if not self.config.background:
+            self.wait()
+        return final
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's thread has met an error; the loop tells the others, and all call `wait`."""
+        return self._error is not None
+
+    def take_finished(self) -> dict[str, Any] | None:
+        """Step, `save_stall_s` and `save_s` of a save that has ended since the last call."""
+        finished, self._finished = self._finished, None
+        return finished
+
+    def wait(self) -> None:
+        """Until the save under way is valid. SaveError on every rank if it failed on any."""
+        if self._thread is None:
+            return
+        self._until(self._written.is_set)
+        self._agree()  # before rank 0 waits for files that will never come
+        self._until(lambda: self._thread is None or not self._thread.is_alive())
+        self._agree()
+        self._thread = None
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        seen = -1
+        while not done():
+            if self._bytes != seen:  # a disk that hangs is a hang
+                seen = self._bytes
+                self._beat("wait for the save")
+            time.sleep(0.005)
+
+    def _agree(self) -> None:
+        """Whether all is well so far, on every rank; one rank alone tells what is not."""
+        import torch
+        import torch.distributed as dist
+
+        first = torch.tensor([self.rank if self.failed else self.ranks], dtype=torch.int32)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._control)
+        if first.item() == self.ranks:
+            return
+        error, partial = self._error, self._partial
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        dist.barrier(group=self._control)
+        if self.rank == 0:  # what is not a checkpoint must not keep the disk full
+            shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"{partial}: could not be written: {error}", here=first.item() == self.rank) from error
+
+    def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory that is kept from save to save; pinned for a GPU, whose copies all run at once."""
+        import torch
+
+        for key, tensor in tensors.items():
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+            self._buffers[key].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {key: self._buffers[key] for key in tensors}
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor], random_state: dict[str, Any]) -> None:
+        """This rank's files, and last of all the one that says that they are complete."""
+
+        def report(count: int) -> None:
+            self._bytes += count
+
+        shard = partial / f"shard-{self.rank:05d}.safetensors"
+        digest = checkpoint.write_safetensors(shard, tensors, report)
+        files = {shard.name: {"bytes": shard.stat().st_size, "sha256": digest}}
+        files |= _write_json(partial / generators.file_name(self.rank), random_state)
+        entry = {"files": files, "sums": parameter_sums(tensors, report) if self.config.proof else {}}
+        name = partial / f"written-{self.rank:05d}.json"
+        _write_json(name.with_suffix(".partial"), entry)
+        os.replace(name.with_suffix(".partial"), name)
+
+    def _finish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        """Rank 0: collect what all ranks wrote, add state and manifest, and rename."""
+        files: dict[str, Any] = {}
+        sums = []
+        for rank in range(self.ranks):
+            entry = partial / f"written-{rank:05d}.json"
+            while not entry.exists():
+                if self._abandoned.wait(0.005):
+                    raise _AbandonedError
+            found = json.loads(entry.read_text())
+            files |= found["files"]
+            sums.append(found["sums"])
+            entry.unlink()
+        if self.config.proof:
+            state["proof"]["sums"] = add_sums(sums)
+        files |= _write_json(partial / "state.json", state)
+        if self.tokenizer is not None:
+            copy = partial / "tokenizer.model"
+            shutil.copyfile(self.tokenizer, copy)
+            files[copy.name] = {"bytes": copy.stat().st_size, "sha256": file_sha256(copy)}
+        _write_json(partial / "manifest.json", {"format": checkpoint.FORMAT, "files": files})
+        _rename(partial, final)
+        self._prune()
+
+    def _prune(self) -> None:
+        every = self.config.keep_every_steps
+        for step, old in checkpoint.list_checkpoints(self.run)[: -self.config.keep_last]:
+            if every is None or step % every:
+                # A folder that loses its final name first is never half of a checkpoint.
+                doomed = old.with_name(f"partial-{old.name}")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+
+
+class _AbandonedError(Exception):
+    """Another rank failed while rank 0 waited for its files."""
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write and fsync; returns the manifest's entry of the file."""
+    with open(path, "w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
+
+
+def _rename(partial: Path, final: Path) -> None:
+    replaced = final.with_name(f"partial-replaced-{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # the same step again, after a resume from an older checkpoint
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

@@ -27,6 +27,7 @@ _HERE = Path(__file__).resolve().parent
 # The launcher puts this file's folder first on the path, where our module names would hide installed packages.
 sys.path[:] = [str(_HERE.parent)] + [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
 
+from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from train import plan as planning  # noqa: E402
@@ -406,14 +407,6 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     console.close()
     console.print(f"done: {state['tokens']:,} tokens in {output}")
     return 0
-
-
-def print_error(text: str) -> None:
-    """One red line."""
-    from rich.console import Console
-
-    line = " ".join(text.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {line}", markup=True)
 
 
 def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:

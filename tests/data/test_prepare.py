@@ -130,6 +130,7 @@ def test_killed_again_and_again_with_workers_it_still_ends(inputs, tokenizer_mod
     command += ["--tokenizer", tokenizer_model, "--workers", "2", "--shard-tokens", "30000"]
     progress = tmp_path / "store.partial" / "progress"
     for seconds in (0.0, 0.1, 0.3, 0.6):
+        shutil.rmtree(progress, ignore_errors=True)
         process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and not list(progress.glob("*.json")):  # the first report of a worker
             time.sleep(0.005)

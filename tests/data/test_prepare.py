@@ -128,18 +128,22 @@ def test_killed_again_and_again_with_workers_it_still_ends(inputs, tokenizer_mod
     """The parent alone is killed; its workers must not go on writing beside the next attempt."""
     command = [sys.executable, "-m", "tinyllama", "data", "prepare", inputs, "--output", tmp_path / "store"]
     command += ["--tokenizer", tokenizer_model, "--workers", "2", "--shard-tokens", "30000"]
-    progress = tmp_path / "store.partial" / "progress"
-    for seconds in (0.0, 0.1, 0.3, 0.6):
+    progress, kills = tmp_path / "store.partial" / "progress", 0
+    for seconds in (0.0, 0.05, 0.1, 0.2):
         shutil.rmtree(progress, ignore_errors=True)
         process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and not list(progress.glob("*.json")):  # the first report of a worker
             time.sleep(0.005)
         time.sleep(seconds)
+        if process.poll() is not None:
+            break
         workers = psutil.Process(process.pid).children(recursive=True)
-        assert workers
         process.kill()
         process.wait()
+        kills += 1
+        assert workers
         assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert kills >= 2
     tinyllama(*command[3:])
     assert content(tmp_path / "store") == unbroken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tokenizer.model"]

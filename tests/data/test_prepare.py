@@ -125,20 +125,23 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(inputs, tok
 
 
 def test_killed_again_and_again_with_workers_it_still_ends(inputs, tokenizer_model, unbroken, tmp_path):
-    """The parent alone is killed; its workers must not go on writing beside the next attempt."""
-    command = [sys.executable, "-m", "tinyllama", "data", "prepare", inputs, "--output", tmp_path / "store"]
-    command += ["--tokenizer", tokenizer_model, "--workers", "2", "--shard-tokens", "30000"]
-    progress = tmp_path / "store.partial" / "progress"
-    for seconds in (0.0, 0.1, 0.3, 0.6):
+    """The parent alone is killed, in the midst of its work; its workers must not go on writing beside the next attempt."""
+    command = [sys.executable, "-m", "tinyllama", *preparing(inputs, tmp_path / "store", tokenizer_model)]
+    command += ["--workers", "2", "--shard-tokens", "30000"]
+    progress, generator = tmp_path / "store.partial" / "progress", random.Random(7)
+    for _ in range(3):
+        shutil.rmtree(progress, ignore_errors=True)  # of the attempt before
         process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not list(progress.glob("*.json")):  # the first report of a worker
-            time.sleep(0.005)
-        time.sleep(seconds)
+        while not list(progress.glob("*.json")):  # the first report of a worker
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.05))
         workers = psutil.Process(process.pid).children(recursive=True)
-        assert workers
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
+        assert workers
         assert not psutil.wait_procs(workers, timeout=5)[1]
+    assert not (tmp_path / "store").exists()
     tinyllama(*command[3:])
     assert content(tmp_path / "store") == unbroken
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tokenizer.model"]

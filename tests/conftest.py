@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,20 @@ TINY_MODEL = [
 ]
 
 
-def tinyllama(*arguments: object, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "tinyllama", *map(str, arguments)]
+# Even root is refused once it may not override permissions.
+WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
+
+
+def skip_unless_privileges_can_be_dropped() -> None:
+    if os.geteuid() != 0 or subprocess.run([*WITHOUT_PRIVILEGES, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs setpriv as root")
+
+
+def tinyllama(
+    *arguments: object, check: bool = True, under: Sequence[str] = (), **options
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; `under`: another command that starts it."""
+    command = [*under, sys.executable, "-m", "tinyllama", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **options.pop("env", {})}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=options.pop("cwd", ROOT), **options

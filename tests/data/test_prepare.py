@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import ROOT, content, preparing, tinyllama
+from conftest import ROOT, WITHOUT_PRIVILEGES, content, preparing, skip_unless_privileges_can_be_dropped, tinyllama
 
 from tinyllama.data.documents import Rules
 from tinyllama.data.inputs import InputFile
@@ -315,10 +315,7 @@ def test_a_full_disk_is_one_line_and_goes_on_later(inputs, tokenizer_model, unbr
 
 
 def test_no_permission_is_one_line(inputs, tokenizer_model, tmp_path):
-    """Even root is refused once it may not override permissions."""
-    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all"]
-    if os.geteuid() != 0 or subprocess.run([*drop, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("needs setpriv as root")
+    skip_unless_privileges_can_be_dropped()
     source = tmp_path / "in" / "0.jsonl.zst"
     source.parent.mkdir()
     shutil.copyfile(inputs / "0.jsonl.zst", source)
@@ -326,9 +323,8 @@ def test_no_permission_is_one_line(inputs, tokenizer_model, tmp_path):
     closed.mkdir()
 
     def run(output: Path) -> str:
-        command = [*drop, sys.executable, "-m", "tinyllama", "data", "prepare", source.parent, "--output", output]
-        command += ["--tokenizer", tokenizer_model, "--workers", "1"]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False)
+        arguments = [*preparing(source.parent, output, tokenizer_model), "--workers", "1"]
+        done = tinyllama(*arguments, under=WITHOUT_PRIVILEGES, check=False)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         (line,) = [line for line in done.stderr.splitlines() if "error:" in line]

@@ -306,8 +306,9 @@ def test_kinds_of_input_give_the_same_model(tmp_path):
 
 
 def test_training_is_deterministic(corpus, tokenizer_model, tmp_path):
-    again = tmp_path / "again.model"
-    tinyllama("tokenizer", "train", corpus, "--output", again, "--vocab-size", 600, "--threads", 1)
+    again = tmp_path / "[bold]again.model"  # brackets are markup to the library that prints
+    done = tinyllama("tokenizer", "train", corpus, "--output", again, "--vocab-size", 600, "--threads", 1)
+    assert str(again) in done.stdout
     assert again.read_bytes() == tokenizer_model.read_bytes()
 
 
@@ -326,6 +327,8 @@ def test_export_command(tokenizer_model, tmp_path):
     [
         (["train", "{corpus}", "--output", "x.model", "--vocab-size", "100000"], "at most"),
         (["train", "{corpus}", "--output", "x.model", "--vocab-size", "10"], "260 or more"),
+        (["train", "{corpus}", "--output", "x.model", "--threads", "0"], "--threads 0"),
+        (["train", "{corpus}", "--output", "{corpus}/prose.jsonl/x.model"], "prose.jsonl"),
         (["train", "missing", "--output", "x.model"], "missing does not exist"),
         (["export", "missing.model", "--output", "hf"], "missing.model does not exist"),
     ],

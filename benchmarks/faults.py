@@ -63,13 +63,13 @@ class Fault:
     reached: int = 0  # steps that were done when it ended
     exit_code: int | None = None
     resumed_from: int | None = None
-    down_s: float = 0.0  # from the fault to the end of the last process
+    down_s: float | None = None  # from the fault to the end of the last process
 
     @property
     def expected(self) -> tuple[int, ...]:
         """Exit codes that are right: of a kill the launcher's own, or that of the rank which noticed it first."""
         special = {"SIGTERM": (75,), "no room": (74,), "SIGSTOP": (76,), "nan": (70,), "corrupt": (75,)}
-        return special.get(self.kind, (76, 247, 137))
+        return special.get(self.kind, (76, 247, 137, 1))
 
     @property
     def inject(self) -> list[str]:
@@ -78,8 +78,8 @@ class Fault:
         return ["--inject", f"pause={self.phase}@{self.step}"] if self.phase not in ("", "write") else []
 
 
-def plan(short: bool) -> list[Fault]:
-    """The faults in the order in which they strike."""
+def plan(short: bool, only: list[str] | None) -> list[Fault]:
+    """The faults in the order in which they strike. only: of these kinds."""
     kills = [
         ("SIGKILL" if kill else "SIGTERM", ranks, phase)
         for phase in PHASES
@@ -91,6 +91,7 @@ def plan(short: bool) -> list[Fault]:
     chosen: list[tuple[str, tuple[int, ...], str]] = [*kills, *faults]
     if short:
         chosen = [("SIGKILL", (1,), "backward"), ("corrupt", (1,), ""), ("nan", (), "")]
+    chosen = [fault for fault in chosen if only is None or fault[0] in only]
     # Saves are at even steps: the phase "save" begins at the end of an odd one, as does the write.
     return [
         Fault(kind, STEPS_APART * (n + 1) + (phase in ("save", "write")), ranks, phase)
@@ -122,7 +123,7 @@ class Campaign:
         process = self.start(self.run, *fault.inject)
         struck = self._wait_and_hit(fault, process)
         fault.exit_code = process.wait(timeout=120)
-        fault.down_s = time.monotonic() - struck
+        fault.down_s = round(time.monotonic() - struck, 2) if struck else None
         # A signal that is answered ends the run after the step under way.
         fault.reached = max(heartbeat.read(self.run, rank)["step"] for rank in (0, 1)) + (fault.exit_code == 75)
         if fault.kind == "corrupt":
@@ -134,11 +135,10 @@ class Campaign:
         if len(checkpoint.list_checkpoints(self.run)) < before:
             raise RuntimeError(f"{fault} has cost a checkpoint")
 
-    def _wait_and_hit(self, fault: Fault, process: subprocess.Popen[str]) -> float:
-        """Returns when the fault struck: at once where it is injected, else when the rank is in its phase."""
+    def _wait_and_hit(self, fault: Fault, process: subprocess.Popen[str]) -> float | None:
+        """Returns when the fault struck, as the rank was in its phase; None where the run does it to itself."""
         if fault.kind == "nan":
-            process.wait(timeout=120)
-            return time.monotonic()
+            return None
         partial = self.run / "checkpoints" / f"partial-{checkpoint.step_name(fault.step + 1)}"
         aim = fault.ranks[0]
         while True:
@@ -228,10 +228,11 @@ def prepare(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="three faults")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="kinds: SIGKILL,SIGTERM,no room,corrupt,...")
     parser.add_argument("--data", type=Path, help="stores prose and code with 600 pieces (default: made)")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     arguments = parser.parse_args()
-    faults = plan(arguments.short)
+    faults = plan(arguments.short, arguments.only)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = arguments.data or prepare(Path(folder))
         campaign = Campaign(Path(folder), data, faults[-1].step + 2 * STEPS_APART)
@@ -256,9 +257,18 @@ def report(faults: list[Fault], result: dict[str, Any], seconds: float, skipped:
         mine = [fault for fault in faults if fault.kind == kind]
         codes = sorted({fault.exit_code for fault in mine if fault.exit_code is not None})
         lost = [fault.reached - (fault.resumed_from or 0) for fault in mine]
-        down = sorted(fault.down_s for fault in mine)
+        down = [fault.down_s for fault in mine if fault.down_s is not None]
         phases = ", ".join(dict.fromkeys(fault.met for fault in mine if fault.phase))
-        rows.append([kind, str(len(mine)), phases, ", ".join(map(str, codes)), str(max(lost)), f"{down[-1]:.1f}"])
+        rows.append(
+            [
+                kind,
+                str(len(mine)),
+                phases,
+                ", ".join(map(str, codes)),
+                str(max(lost)),
+                f"{max(down):.1f}" if down else "-",
+            ]
+        )
     show(
         "Faults, and a run that ended with the undisturbed weights",
         ["fault", "count", "phases met", "exit codes", "most steps lost", "longest end, s"],

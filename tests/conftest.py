@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+LLAMA2 = SHARED / "tokenizer" / "llama2" / "tokenizer.model"
 VOCAB_SIZE = 600
 TINY_MODEL = [
     f"model.vocab_size={VOCAB_SIZE}",
@@ -97,12 +104,53 @@ def tokenizer_model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tokenizer_model: Path) -> Tokenizer:
+    """The same, loaded."""
+    from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
+    return Tokenizer.load(tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def inputs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prose of the corpus as ten files of every kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = [json.loads(line)["text"] for line in (corpus / "prose.jsonl").read_text().splitlines()]
+    for number in range(10):
+        some = texts[number::10]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in some).encode()
+        if number % 3 == 0:
+            (folder / f"{number}.jsonl.zst").write_bytes(zstandard.compress(lines))
+        elif number % 3 == 1:
+            pq.write_table(pa.table({"content": some}), folder / f"{number}.parquet")
+        else:
+            (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed preparation of `inputs` writes, in shards of 30,000 tokens."""
+    from tinyllama.data.prepare import prepare
+    from tinyllama.data.store import verify
+
+    store = tmp_path_factory.mktemp("unbroken") / "store"
+    prepare([inputs], store, tokenizer, shard_tokens=30_000, workers=0)
+    verify(store)
+    return content(store)
+
+
+@pytest.fixture(scope="session")
 def stores(corpus: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the stores prose and code, and their tokenizer beside them."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("prose", "code"):
-        arguments = ["data", "prepare", corpus / f"{name}.jsonl", "--output", folder / name]
-        tinyllama(*arguments, "--tokenizer", tokenizer_model, "--validation-fraction", "0.1")
+        arguments = preparing(corpus / f"{name}.jsonl", folder / name, tokenizer_model)
+        tinyllama(*arguments, "--validation-fraction", "0.1")
     return folder
 
 

@@ -37,7 +37,7 @@ class LossGuard:
         """window, spikes: of the checkpoint that the run goes on from."""
         import torch
 
-        self.config, self.spikes = config, spikes
+        self.config, self.spikes = config, list(spikes)
         self._ring = torch.zeros(config.spike_window, dtype=torch.float32, device=device)
         self._ring[: len(window)] = torch.tensor(window, dtype=torch.float32)
         self._count = len(window)

@@ -8,12 +8,11 @@ process is gone ends the others in the same way, at once instead of after their 
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
 import platform
-import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 HUNG = 76
 ENDED = "ended"
-BYTES = 256  # of a heartbeat: overwritten in place by one write, without a rename for each phase
+BYTES = 512  # of a heartbeat: overwritten in place by one write, without a rename for each phase
 INTERVAL_S = 0.5
 GRACE_S = 2.0  # for the others to write their stacks, or to end by themselves
 
@@ -69,6 +68,13 @@ class Heartbeat:
         os.pwrite(self._descriptor, text.ljust(BYTES - 1).encode() + b"\n", 0)
         if self.pauses:
             time.sleep(self.pauses.pop((phase, self.step), 0.0))
+
+    def speaks(self) -> bool:
+        """Whether this rank tells what went wrong: rank 0, or one that meets it without rank 0."""
+        if self.rank == 0 or self._descriptor is None:
+            return self.rank == 0
+        time.sleep(GRACE_S / 2)
+        return read(self.run, 0).get("phase") != ENDED
 
     def end(self, code: int) -> None:
         """The last one: this rank ends by itself."""
@@ -125,11 +131,13 @@ class Watchdog:
         if self.rank == min(beat["rank"] for beat in self._seen if beat and not _is_gone(beat)):
             print(f"error: {why}; stacks in {self.run / 'stacks'}", file=sys.stderr, flush=True)
         time.sleep(GRACE_S)
-        for beat in self._seen:
-            # A rank that could not even write its stacks will not end by itself, and the launcher waits for it.
-            if beat and beat["host"] == platform.node() and not stack_file(self.run, beat["rank"]).exists():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(beat["pid"], signal.SIGKILL)
+        here = [beat for beat in self._seen if beat and beat["host"] == platform.node() and not _is_gone(beat)]
+        stuck = [str(beat["pid"]) for beat in here if not stack_file(self.run, beat["rank"]).exists()]
+        if stuck:
+            # Ranks that could not even write their stacks will not end by themselves, and the launcher waits for them.
+            # It must have seen this rank's exit code before theirs, which says only that they were killed.
+            kill = f"sleep {GRACE_S}; kill -9 {' '.join(stuck)}"
+            subprocess.Popen(["sh", "-c", kill], start_new_session=True, stderr=subprocess.DEVNULL)
         os._exit(HUNG)
 
     def _dump(self, why: str) -> None:

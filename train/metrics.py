@@ -110,6 +110,11 @@ def take_monitors(deepspeed_config: dict[str, Any], run: Path) -> tuple[dict[str
     rest = dict(deepspeed_config)
     sections = {name: dict(rest.pop(name)) for name in MONITORS if name in rest}
     for name, section in sections.items():
+        if "api_key" in section:
+            raise ConfigError(
+                f"DeepSpeed JSON: {name}.api_key would be copied into the run directory",
+                fix="set it in the environment",
+            )
         package = MONITORS[name]
         if section.get("enabled") and package and importlib.util.find_spec(package) is None:
             raise ConfigError(

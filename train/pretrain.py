@@ -6,7 +6,7 @@ Exit codes, for a supervisor:
     0   the run is complete
     2   a mistake in the input: correct it
     70  the run is unhealthy (a loss or gradient that is not finite, spike upon spike, weights that do not move)
-    74  a checkpoint could not be written (a full disk): make room; the checkpoints before it stand
+    74  a checkpoint, or metrics, could not be written (a full disk): make room; the checkpoints before it stand
     75  stopped by a signal, after saving: run the same command again
     76  a rank hung or died, the stacks are in RUN/stacks: run the same command again
     1   any other failure
@@ -15,6 +15,7 @@ Exit codes, for a supervisor:
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -413,15 +414,18 @@ def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     """Run, and turn what can go wrong into an exit code and one red line from one rank."""
     try:
         return run(arguments, beat)
-    except (UserError, UnhealthyRunError) as error:  # all ranks meet these at once
-        if beat.rank == 0:
+    except (UserError, UnhealthyRunError) as error:
+        if beat.speaks():
             print_error(str(error))
         return 2 if isinstance(error, UserError) else UNHEALTHY
     except SaveError as error:
         if error.here:
             print_error(str(error))
         return SAVE_FAILED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print_error(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
+            return SAVE_FAILED
         traceback.print_exc()
         return 1
 

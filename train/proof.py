@@ -94,8 +94,12 @@ class Proof:
 
     def check(self, stored: dict[str, Any], position: int, where: Path) -> None:
         """CheckpointError names what differs between a stored proof and the engine that was loaded."""
-        self._check_sums(stored["sums"], where)
-        if self._next_batch(position) != stored["next_batch"]:
+        found = self._gather(position)
+        for key, value in add_sums([sums for sums, _ in found]).items():
+            if stored["sums"].get(key) != value:
+                kind, _, name = key.partition("|")
+                raise CheckpointError(f"{where}: {kind} of {name} is not what was saved", fix="use another checkpoint")
+        if any(batch != stored["next_batch"] for _, batch in found):
             raise CheckpointError(
                 f"{where}: the batch after it is not the one it was saved with", fix="give the data it was trained on"
             )
@@ -109,24 +113,20 @@ class Proof:
                 fix="use another checkpoint, or checkpoint.proof=false after a change of the model's code",
             )
 
-    def _check_sums(self, stored: dict[str, str], where: Path) -> None:
+    def _gather(self, position: int) -> list[Any]:
+        """Of each rank, the sums of its slices and the next batch as it reads it: all ranks see what differs on one."""
         import torch.distributed as dist
 
         from train.state import local_slices
 
-        mine = parameter_sums(
-            {
-                f"{kind}|{name}|{start}": tensor.flatten()[: stop - start]
-                for name, start, stop, local in local_slices(self.engine)
-                for kind, tensor in local.items()
-            }
-        )
+        mine = {
+            f"{kind}|{name}|{start}": tensor.flatten()[: stop - start]
+            for name, start, stop, local in local_slices(self.engine)
+            for kind, tensor in local.items()
+        }
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        for key, value in add_sums(parts).items():
-            if stored.get(key) != value:
-                kind, _, name = key.partition("|")
-                raise CheckpointError(f"{where}: {kind} of {name} is not what was saved", fix="use another checkpoint")
+        dist.all_gather_object(parts, (parameter_sums(mine), self._next_batch(position)))
+        return parts
 
     def _next_batch(self, position: int) -> str:
         ids, targets = self.mixture.fetch(range(position, position + NEXT_SAMPLES))

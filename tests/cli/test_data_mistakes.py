@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import WITHOUT_PRIVILEGES, skip_unless_privileges_can_be_dropped, tinyllama
+from conftest import WITHOUT_PRIVILEGES, preparing, skip_unless_privileges_can_be_dropped, tinyllama
 
 from tinyllama.data.store import file_sha256, read_manifest
 
@@ -145,7 +145,7 @@ def test_what_was_given_is_printed_as_it_was_typed(tokenizer_model, tmp_path):
     lines = [{"text": "kept", "meta": "x"}, {"text": "gone", "meta": "[bold]"}, {"text": "", "meta": "x"}]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "b.csv").write_text("")
-    arguments = ["data", "prepare", folder, "--output", folder / "[dim]out", "--tokenizer", tokenizer_model]
+    arguments = preparing(folder, folder / "[dim]out", tokenizer_model)
     assert "[bold]in[red]" in refused(*arguments)
     arguments[4] = tmp_path / "[dim]out"
     done = tinyllama(*arguments, "--exclude", "meta=[bold]", "--validation-fraction", "0")

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from evalsuite.sandbox import PROBES, Limits, Sandbox
 
-HOME = os.path.expanduser("~")
+HOMES = [os.path.expanduser("~"), os.path.expanduser("~/.ssh"), "/home"]
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "stubborn fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
@@ -31,7 +31,7 @@ HOSTILE = {
     "writes into Python": "import os\nopen(os.__file__, 'a').write('evil')",
     "removes the system": "import shutil\nshutil.rmtree('/usr')",
     "reads secrets": "open('/etc/shadow').read()",
-    "reads the home folder": f"import os\nassert os.path.isdir({HOME + '/.ssh'!r}) or os.listdir('/home')",
+    "reads the home folder": f"import os\nassert any(os.path.isdir(f) and os.listdir(f) for f in {HOMES})",
     "reads the environment of others": "open('/proc/1/environ').read()",
     "leaks the environment": "import os\nassert len(os.environ) > 5",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 80), timeout=2)",

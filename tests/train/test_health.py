@@ -51,7 +51,7 @@ def keep_up_to(run: Path, copy: Path, step: int) -> Path:
 def test_the_guard_is_the_median_and_the_median_deviation():
     config = HealthConfig(on_spike="skip", spike_sigmas=3.0, spike_window=8)
     guard = LossGuard(config, torch.device("cpu"), [], [])
-    values = [5.0, 4.0, 4.5, 4.2, 4.1, 4.4, 4.3, 3.9, 4.0, 4.6, 40.0, 4.0, float("nan")]
+    values = [5.0, 4.0, 4.5, 4.2, 4.1, 4.4, 4.3, 3.9, 4.0, 4.6, 40.0, 4.0, float("inf"), float("nan")]
     seen: list[float] = []
     spikes: list[float] = []
     for step, value in enumerate(values):
@@ -66,7 +66,7 @@ def test_the_guard_is_the_median_and_the_median_deviation():
         seen.append(value)
         # A new guard that is given the window and the ledger goes on in the same way.
         guard.read()
-        if expected and not np.isnan(value):
+        if expected and np.isfinite(value):
             spikes.append(value)
         guard = LossGuard(config, torch.device("cpu"), guard.window(), guard.spikes)
     assert 40.0 in spikes
@@ -88,7 +88,7 @@ def test_a_skipped_spike_leaves_weights_and_moments_and_the_resumed_run_decides_
     assert [(spike["step"], spike["batch"], spike["action"]) for spike in ledger] == [(7, 6, "skip"), (9, 8, "skip")]
     state = checkpoint.verify(folder(run, 12))
     assert (state["spikes"], state["skipped_steps"], state["optimizer_steps"]) == (ledger, 2, 10)
-    if stage == 2:
+    if stage != 3:
         return
     # From right after a skip: nothing of the vetoed gradient had stayed in the buffers of the run that went on.
     part = keep_up_to(run, tmp_path / "part", 7)
@@ -119,7 +119,7 @@ def test_a_rewind_leaves_out_the_batches_since_the_checkpoint_and_a_resume_ends_
 
 @pytest.mark.parametrize(
     ("fault", "words", "steps"),
-    [("nan@4", "step 5: the loss is nan", 4), ("inf@4", "step 5: the loss is inf", 4), ("frozen@4", "not changed", 8)],
+    [("nan@4", "step 5: the loss is nan", 4), ("frozen@4", "not changed", 8)],
 )
 def test_a_sick_run_ends_with_one_line_and_saves_nothing(stores, tmp_path, fault, words, steps):
     run = tmp_path / "run"

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_pretrain import losses, metrics
 
 from tinyllama import checkpoint
+from tinyllama.errors import ConfigError
+from train.metrics import take_monitors
 
 EVALUATION = ("evaluation.tasks=arc_easy,piqa", "evaluation.limit=9", "evaluation.data_dir=mini")
 
@@ -56,10 +58,11 @@ def test_monitors_get_the_logged_numbers_under_our_names(watched_run):
     assert [float(value) for _, value in rows] == pytest.approx(losses(watched_run))
 
 
-def test_a_monitor_that_is_not_installed_is_named(stores, tmp_path):
-    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    (tmp_path / "ds.json").write_text(json.dumps({**config, "comet": {"enabled": True}}))
-    extra = ("--deepspeed", str(tmp_path / "ds.json"))
-    done = train(stores, tmp_path / "run", "training.tokens=768", extra=extra, check=False)
-    assert done.returncode == 2
-    assert "comet is enabled, comet_ml is not installed" in done.stderr
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [({"enabled": True}, "comet_ml is not installed"), ({"api_key": "secret"}, "comet.api_key would be copied")],
+)
+def test_a_monitor_that_cannot_be_used_is_refused(tmp_path, section, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        take_monitors({"comet": section}, tmp_path)
+    assert "secret" not in str(caught.value)

@@ -116,8 +116,13 @@ def test_contamination_without_anything_to_compare(store, tmp_path):
     report = tmp_path / "report.json"
     arguments = ["data", "contamination", store, "--output", report, "--against"]
     assert "holds no text" in refused(*arguments, tmp_path / "bundle")
-    (bundle / "test.jsonl").write_text('{"question": ')
-    assert "test.jsonl is corrupt" in refused(*arguments, tmp_path / "bundle")
+    for rows, words in (
+        ('{"question": ', "test.jsonl is corrupt"),
+        ("[" * 100_000, "test.jsonl is corrupt"),
+        ('{"question": "\\ud800"}', "test.jsonl: text has a lone surrogate U+D800"),
+    ):
+        (bundle / "test.jsonl").write_text(rows)
+        assert words in refused(*arguments, tmp_path / "bundle")
     for number in ("0", "-1"):
         assert f"--threads {number}" in refused(*arguments, "mini", "--threads", number)
     assert not report.exists()

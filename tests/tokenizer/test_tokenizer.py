@@ -14,6 +14,7 @@ from tinyllama.tokenizer.sentencepiece_model import Tokenizer
     [
         (["train", "{corpus}", "--output", "x.model", "--vocab-size", "100000"], "at most"),
         (["train", "{corpus}", "--output", "x.model", "--vocab-size", "10"], "260 or more"),
+        (["train", "{corpus}", "--output", "x.model", "--vocab-size", "99999999999"], "99999999999"),
         (["train", "{corpus}", "--output", "x.model", "--threads", "0"], "--threads 0"),
         (["train", "{corpus}", "--output", "{corpus}/prose.jsonl/x.model"], "prose.jsonl"),
         (["train", "missing", "--output", "x.model"], "missing does not exist"),

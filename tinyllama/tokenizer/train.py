@@ -117,6 +117,8 @@ def _learn(kept: list[str], vocab_size: int, num_threads: int) -> bytes:
         if misfit is None:
             raise
         raise misfit from None
+    except ValueError as error:
+        raise UserError(f"--vocab-size {vocab_size}, --threads {num_threads} ({error})", fix="give less") from None
     return _without_threads(model.getvalue())
 
 

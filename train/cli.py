@@ -68,16 +68,16 @@ def train_command(
 
     from tinyllama import checkpoint
     from tinyllama.errors import ConfigError
+    from train import launch as launching
     from train import plan as planning
-    from train.launch import launch
-    from train.launch import launcher as deepspeed_launcher
+    from train.nodes import Nodes
     from train.recipe import load_recipe
     from train.state import refuse_other_run
 
     if eval_every is not None:
         setting = [*setting, f"evaluation.every_steps={eval_every}"]
     if not dry_run:
-        deepspeed_launcher()  # the missing extra, if it is, before anything else
+        launching.launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
     config = Path(deepspeed)
@@ -116,13 +116,15 @@ def train_command(
     script += ["--inject", inject] if inject else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
-    arguments = shlex.split(launcher)
-    arguments += ["--hostfile", str(hostfile)] if hostfile else []
     if several:
-        with several.launcher_arguments() as machines:
-            sys.exit(launch([*arguments, *machines], script))
-    arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
-    sys.exit(launch(arguments, script))
+        command = [*launching.node_command(several), *shlex.split(launcher)]
+    elif num_accelerators and not hostfile and not launcher:
+        command = launching.node_command(Nodes(1, 0, "127.0.0.1", launching.free_port(), num_accelerators))
+    else:
+        arguments = ["--hostfile", str(hostfile)] if hostfile else []
+        arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
+        command = launching.runner_command([*shlex.split(launcher), *arguments])
+    sys.exit(launching.launch(command, script))
 
 
 def find_nodes(nodes: int, node_rank: int | None, master: str | None, accelerators: int | None) -> Nodes | None:

@@ -6,6 +6,8 @@ session of its own, so that Ctrl-C and SIGTERM arrive here, go to the ranks, and
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama.errors import MissingExtraError
+from train.nodes import Nodes
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, an end, and Slurm's warning of one
@@ -56,14 +59,28 @@ def ranks_below(pid: int) -> list[int]:
     return found
 
 
-def launch(launcher_arguments: Sequence[str], script_arguments: Sequence[str]) -> int:
+def runner_command(arguments: Sequence[str]) -> list[str]:
+    """DeepSpeed's whole launcher: it looks for this machine's accelerators, or reaches the hosts of a hostfile by ssh."""
+    if not any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in arguments):
+        # DeepSpeed's fixed port would keep two runs from sharing a machine.
+        arguments = [*arguments, "--master_port", str(free_port())]
+    return [*launcher(), "--log_level", "warning", *arguments]
+
+
+def node_command(nodes: Nodes) -> list[str]:
+    """The part of DeepSpeed's launcher that starts one machine's ranks, where it is known which: seconds earlier."""
+    slots = list(range(nodes.accelerators))
+    world = json.dumps({f"node-{number}": slots for number in range(nodes.count)}).encode()
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "warning"]
+    command += [f"--world_info={base64.urlsafe_b64encode(world).decode()}", f"--node_rank={nodes.rank}"]
+    return [*command, f"--master_addr={nodes.master}", f"--master_port={nodes.port}"]
+
+
+def launch(launcher: Sequence[str], script_arguments: Sequence[str]) -> int:
     """Run the launcher to its end; returns its exit code. Any of SIGNALS becomes SIGTERM for every rank."""
     import time
 
-    if not any(argument.startswith(("--master_port", "--hostfile", "-H")) for argument in launcher_arguments):
-        # DeepSpeed's fixed port would keep two runs from sharing a machine.
-        launcher_arguments = [*launcher_arguments, "--master_port", str(free_port())]
-    command = [*launcher(), "--log_level", "warning", *launcher_arguments, str(PRETRAIN), *script_arguments]
+    command = [*launcher, str(PRETRAIN), *script_arguments]
     environment = {**os.environ, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 

@@ -5,11 +5,9 @@ The ranks find each other through the master, an address of the first machine. T
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from tinyllama.errors import ConfigError
 
@@ -27,15 +25,6 @@ class Nodes:
     @property
     def ranks(self) -> int:
         return self.count * self.accelerators
-
-    @contextlib.contextmanager
-    def launcher_arguments(self) -> Iterator[list[str]]:
-        """For DeepSpeed's launcher, which takes the machines from a file even where it need not reach them."""
-        with tempfile.NamedTemporaryFile("w", prefix="hosts-") as hosts:
-            hosts.writelines(f"node-{number} slots={self.accelerators}\n" for number in range(self.count))
-            hosts.flush()
-            where = ["--master_addr", self.master, "--master_port", str(self.port)]
-            yield ["--hostfile", hosts.name, "--no_ssh", "--node_rank", str(self.rank), *where]
 
 
 def given(nodes: int, node_rank: int | None, master: str | None, accelerators: int) -> Nodes:

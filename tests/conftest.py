@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+LLAMA2 = SHARED / "tokenizer" / "llama2" / "tokenizer.model"
 VOCAB_SIZE = 600
 TINY_MODEL = [
     f"model.vocab_size={VOCAB_SIZE}",
@@ -29,9 +37,20 @@ TINY_MODEL = [
 ]
 
 
-def tinyllama(*arguments: object, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "tinyllama", *map(str, arguments)]
+# Even root is refused once it may not override permissions.
+WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
+
+
+def skip_unless_privileges_can_be_dropped() -> None:
+    if os.geteuid() != 0 or subprocess.run([*WITHOUT_PRIVILEGES, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs setpriv as root")
+
+
+def tinyllama(
+    *arguments: object, check: bool = True, under: Sequence[str] = (), **options
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own; `under`: another command that starts it."""
+    command = [*under, sys.executable, "-m", "tinyllama", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **options.pop("env", {})}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=options.pop("cwd", ROOT), **options
@@ -85,12 +104,53 @@ def tokenizer_model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tokenizer_model: Path) -> Tokenizer:
+    """The same, loaded."""
+    from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
+    return Tokenizer.load(tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def inputs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prose of the corpus as ten files of every kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = [json.loads(line)["text"] for line in (corpus / "prose.jsonl").read_text().splitlines()]
+    for number in range(10):
+        some = texts[number::10]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in some).encode()
+        if number % 3 == 0:
+            (folder / f"{number}.jsonl.zst").write_bytes(zstandard.compress(lines))
+        elif number % 3 == 1:
+            pq.write_table(pa.table({"content": some}), folder / f"{number}.parquet")
+        else:
+            (folder / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken(inputs: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed preparation of `inputs` writes, in shards of 30,000 tokens."""
+    from tinyllama.data.prepare import prepare
+    from tinyllama.data.store import verify
+
+    store = tmp_path_factory.mktemp("unbroken") / "store"
+    prepare([inputs], store, tokenizer, shard_tokens=30_000, workers=0)
+    verify(store)
+    return content(store)
+
+
+@pytest.fixture(scope="session")
 def stores(corpus: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the stores prose and code, and their tokenizer beside them."""
     folder = tmp_path_factory.mktemp("data")
     for name in ("prose", "code"):
-        arguments = ["data", "prepare", corpus / f"{name}.jsonl", "--output", folder / name]
-        tinyllama(*arguments, "--tokenizer", tokenizer_model, "--validation-fraction", "0.1")
+        arguments = preparing(corpus / f"{name}.jsonl", folder / name, tokenizer_model)
+        tinyllama(*arguments, "--validation-fraction", "0.1")
     return folder
 
 

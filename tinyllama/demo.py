@@ -126,9 +126,9 @@ def run(output: Path, *, tokenizer: Path | None, ranks: int, settings: Sequence[
         key = hashlib.sha256(f"{key}{step.arguments}".encode()).hexdigest()
         console.print(Rule(f"[bold]{number}/{len(steps)}  {step.title}", align="left"))
         if done.get(step.name, {}).get("key") == key and step.artefact.exists():
-            console.print(f"finished before, in {done[step.name]['seconds']:.0f} s: {step.artefact}")
+            console.print(f"finished before, in {done[step.name]['seconds']:.0f} s: {step.artefact}", markup=False)
             continue
-        console.print(f"[dim]$ tinyllama {' '.join(step.arguments)}")
+        console.print(f"$ tinyllama {' '.join(step.arguments)}", style="dim", markup=False)
         started = time.monotonic()
         code = _call(step.arguments)
         if code == STOPPED_BY_SIGNAL:
@@ -182,6 +182,7 @@ def summary(output: Path) -> dict[str, Any]:
 
 def report(output: Path, steps: list[Step], done: dict[str, Any], console: Any) -> None:
     """The tables: pretraining, comparison, throughput, and where everything lies; also `summary.json`."""
+    from rich.markup import escape
     from rich.table import Table
 
     found = summary(output)
@@ -209,6 +210,6 @@ def report(output: Path, steps: list[Step], done: dict[str, Any], console: Any) 
     for step in steps:
         if not step.artefact.exists():
             raise UserError(f"{step.artefact} has disappeared", fix="run the demo again")
-        where.add_row(step.name, f"{done[step.name]['seconds']:.0f}", str(step.artefact))
+        where.add_row(step.name, f"{done[step.name]['seconds']:.0f}", escape(str(step.artefact)))
     where.add_row("", f"{sum(done[s.name]['seconds'] for s in steps):.0f}", "in all")
     console.print(where)

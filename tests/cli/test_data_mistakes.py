@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tinyllama
+from conftest import WITHOUT_PRIVILEGES, preparing, skip_unless_privileges_can_be_dropped, tinyllama
 
-from tinyllama.data.store import read_manifest
+from tinyllama.data.store import file_sha256, read_manifest
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def store(stores: Path, tmp_path: Path) -> Path:
     return tmp_path / "prose"
 
 
-def refused(*arguments: object) -> str:
-    done = tinyllama(*arguments, check=False)
+def refused(*arguments: object, **options) -> str:
+    done = tinyllama(*arguments, check=False, **options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
@@ -31,6 +32,8 @@ def refused(*arguments: object) -> str:
 
 def test_inspect_of_a_damaged_store(store):
     assert "--samples -1" in refused("data", "inspect", store, "--samples", "-1")
+    missing = store / "missing.model"
+    assert "missing.model does not exist" in refused("data", "inspect", store, "--tokenizer", missing)
     documents = store / "train-000000.documents"
     whole = documents.read_bytes()
     for size, words in (
@@ -40,8 +43,10 @@ def test_inspect_of_a_damaged_store(store):
     ):
         documents.write_bytes(whole[:size])
         assert words in refused("data", "inspect", store)
-    documents.write_bytes(whole[:8] + bytes(len(whole) - 8))
-    assert "makes no sense" in refused("data", "inspect", store)
+    # Starts that do not ascend, that lie beyond the shard, and that are no number of 63 bits.
+    for damaged in (whole[:8] + bytes(len(whole) - 8), whole[:-8] + b"\xff\xff\xff" + bytes(5), b"\xff" * 8):
+        documents.write_bytes(damaged)
+        assert "train-000000.documents makes no sense" in refused("data", "inspect", store)
     documents.write_bytes(whole)
     with open(store / "train-000000.tokens", "r+b") as stream:
         stream.seek(1000)
@@ -60,6 +65,45 @@ def test_verify_with_lists_that_cannot_be_read(store, name):
     assert f"{name} does not match its checksum" in refused("data", "verify", store)
 
 
+def test_verify_with_a_list_that_is_none_of_shards(store):
+    """Its checksum is right: somebody has made it so."""
+    (store / "shards.jsonl").write_text('{"name": "train-000000"}\n')
+    manifest = read_manifest(store)
+    lists = {**manifest.lists, "shards.jsonl": file_sha256(store / "shards.jsonl")}
+    (store / "manifest.json").write_text(dataclasses.replace(manifest, lists=lists).to_json())
+    assert "shards.jsonl is no list of shards" in refused("data", "verify", store)
+
+
+def test_what_may_not_be_read_or_written(store, tmp_path):
+    skip_unless_privileges_can_be_dropped()
+    bundle, closed = tmp_path / "bundle" / "set" / "config", tmp_path / "closed"
+    bundle.mkdir(parents=True)
+    closed.mkdir(mode=0o500)
+    items = bundle / "test.jsonl"
+    items.write_text('{"question": "why"}\n')
+    contamination = ["data", "contamination", store, "--against", tmp_path / "bundle", "--output"]
+
+    def denied(*arguments: object) -> str:
+        line = refused(*arguments, under=WITHOUT_PRIVILEGES)
+        assert "Permission denied" in line
+        return line
+
+    assert str(closed / "r.json") in denied(*contamination, closed / "r.json")
+    assert str(closed / "corpus") in denied("data", "corpus", "--output", closed / "corpus")
+    for path, words, command in (
+        (items, "test.jsonl cannot be read", [*contamination, tmp_path / "r.json"]),
+        (store / "inputs.jsonl", "inputs.jsonl cannot be read", ["data", "verify", store]),
+        (store / "train-000000.documents", "train-000000.documents cannot be read", ["data", "inspect", store]),
+        (store, "manifest.json cannot be read", ["data", "verify", store]),
+        (tmp_path, "manifest.json cannot be read", ["data", "inspect", store]),
+    ):
+        mode = path.stat().st_mode
+        path.chmod(0o600 if path.is_dir() else 0)  # folders that may be listed, and no more
+        assert words in denied(*command)
+        path.chmod(mode)
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_verify_of_what_is_no_store(store):
     assert "is not a token store" in refused("data", "verify", store.parent)
     assert "is not a token store" in refused("data", "verify", store / "manifest.json")
@@ -72,8 +116,13 @@ def test_contamination_without_anything_to_compare(store, tmp_path):
     report = tmp_path / "report.json"
     arguments = ["data", "contamination", store, "--output", report, "--against"]
     assert "holds no text" in refused(*arguments, tmp_path / "bundle")
-    (bundle / "test.jsonl").write_text('{"question": ')
-    assert "test.jsonl is corrupt" in refused(*arguments, tmp_path / "bundle")
+    for rows, words in (
+        ('{"question": ', "test.jsonl is corrupt"),
+        ("[" * 100_000, "test.jsonl is corrupt"),
+        ('{"question": "\\ud800"}', "test.jsonl: text has a lone surrogate U+D800"),
+    ):
+        (bundle / "test.jsonl").write_text(rows)
+        assert words in refused(*arguments, tmp_path / "bundle")
     for number in ("0", "-1"):
         assert f"--threads {number}" in refused(*arguments, "mini", "--threads", number)
     assert not report.exists()
@@ -101,7 +150,7 @@ def test_what_was_given_is_printed_as_it_was_typed(tokenizer_model, tmp_path):
     lines = [{"text": "kept", "meta": "x"}, {"text": "gone", "meta": "[bold]"}, {"text": "", "meta": "x"}]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "b.csv").write_text("")
-    arguments = ["data", "prepare", folder, "--output", folder / "[dim]out", "--tokenizer", tokenizer_model]
+    arguments = preparing(folder, folder / "[dim]out", tokenizer_model)
     assert "[bold]in[red]" in refused(*arguments)
     arguments[4] = tmp_path / "[dim]out"
     done = tinyllama(*arguments, "--exclude", "meta=[bold]", "--validation-fraction", "0")
@@ -111,3 +160,10 @@ def test_what_was_given_is_printed_as_it_was_typed(tokenizer_model, tmp_path):
     assert "[dim]out holds" in tinyllama("data", "verify", arguments[4]).stdout
     assert "[dim]outbylength" in "".join(tinyllama("data", "inspect", arguments[4]).stdout.split())
     assert read_manifest(arguments[4]).documents("train") == 1
+    bundle = tmp_path / "bundle" / "[bold]set" / "[red]config"
+    bundle.mkdir(parents=True)
+    (bundle / "test.jsonl").write_text('{"question": "kept or gone?"}\n')
+    contamination = ["data", "contamination", arguments[4], "--against", tmp_path / "bundle", "--output"]
+    shown = tinyllama(*contamination, tmp_path / "[dim]report.json").stdout
+    assert "[bold]set/[red]config/test" in shown
+    assert f"{tmp_path}/[dim]report.json" in shown

@@ -22,11 +22,6 @@ from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
 
 @pytest.fixture
-def tokenizer(tokenizer_model: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_model)
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
     for name in "ab":

@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from evalsuite.sandbox import PROBES, Limits, Sandbox
+from evalsuite.sandbox import PROBES, Limits, Sandbox, python_roots
 
-HOME = os.path.expanduser("~")
+HOME = Path.home()
+# What lies in the home folders, but for the way to this Python, which the programs need.
+PRIVATE = [str(HOME / ".ssh")] + [
+    str(path)
+    for path in (*HOME.iterdir(), *Path("/home").glob("*"))
+    if not any(Path(root).is_relative_to(path) for root in python_roots())
+]
 HOSTILE = {
     "fork bomb": "import os\nwhile True:\n    os.fork()",
     "stubborn fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
@@ -31,7 +37,7 @@ HOSTILE = {
     "writes into Python": "import os\nopen(os.__file__, 'a').write('evil')",
     "removes the system": "import shutil\nshutil.rmtree('/usr')",
     "reads secrets": "open('/etc/shadow').read()",
-    "reads the home folder": f"import os\nassert os.path.isdir({HOME + '/.ssh'!r}) or os.listdir('/home')",
+    "reads the home folder": f"import os\nassert any(map(os.path.lexists, {PRIVATE}))",
     "reads the environment of others": "open('/proc/1/environ').read()",
     "leaks the environment": "import os\nassert len(os.environ) > 5",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 80), timeout=2)",

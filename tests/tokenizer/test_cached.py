@@ -8,23 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import LLAMA2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyllama.tokenizer import cached
 from tinyllama.tokenizer.cached import CachedEncoder, find_cut
-from tinyllama.tokenizer.sentencepiece_model import Tokenizer
-
-LLAMA = SHARED / "tokenizer" / "llama2" / "tokenizer.model"
-NORMAL = 1
+from tinyllama.tokenizer.sentencepiece_model import NORMAL, Tokenizer
 
 
 @pytest.fixture(scope="module", params=["trained", "llama2"])
 def tokenizer(request: pytest.FixtureRequest, tokenizer_model: Path) -> Tokenizer:
-    if request.param == "llama2" and not LLAMA.exists():
-        pytest.skip(f"{LLAMA} is not there")
-    return Tokenizer.load(LLAMA if request.param == "llama2" else tokenizer_model)
+    if request.param == "llama2" and not LLAMA2.exists():
+        pytest.skip(f"{LLAMA2} is not there")
+    return Tokenizer.load(LLAMA2 if request.param == "llama2" else tokenizer_model)
 
 
 def ids(encoder: CachedEncoder, text: str) -> list[int]:

@@ -199,7 +199,7 @@ def corpus(
         return
     for name, count in counts.items():
         line = f"{output / name}.jsonl: {count['documents']:,} documents, {count['bytes']:,} bytes"
-        Console().print(line, highlight=False, markup=False)
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -258,8 +258,7 @@ def inspect(
 
     from tinyllama.data.inspect import describe
 
-    path = tokenizer or store.parent / "tokenizer.model"
-    found = describe(store, path if path.exists() else None, samples)
+    found = describe(store, tokenizer, samples)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -310,29 +309,26 @@ def contamination(
     from rich.table import Table
 
     from tinyllama.data.contamination import report
-    from tinyllama.data.durable import cannot_write, durable
+    from tinyllama.data.durable import cannot_write, refuse_unwritable, write_json
     from tinyllama.data.store import read_manifest
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
     total = sum(read_manifest(store).tokens("train") for store in stores)
     loaded = Tokenizer.load(tokenizer or stores[0].parent / "tokenizer.model")
     columns = ("scanning", BarColumn(), MofNCompleteColumn(), "tokens, ETA", TimeRemainingColumn())
+    refuse_unwritable(output)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        found = report(
+            stores,
+            _bundle(against),
+            loaded,
+            ngram=ngram,
+            threads=threads,
+            progress=lambda tokens: progress.advance(task, tokens),
+        )
     try:
-        if output.is_dir():
-            raise IsADirectoryError(0, "it is a folder", str(output))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with durable(output) as stream, Progress(*columns, console=Console(stderr=True)) as progress:
-            # Opened before the scan: a report that cannot be written is known at once.
-            task = progress.add_task("", total=total)
-            found = report(
-                stores,
-                _bundle(against),
-                loaded,
-                ngram=ngram,
-                threads=threads,
-                progress=lambda tokens: progress.advance(task, tokens),
-            )
-            stream.write(json.dumps(found) + "\n")
+        write_json(output, found)
     except OSError as error:
         raise cannot_write(error, output) from None
     if as_json:
@@ -344,12 +340,13 @@ def contamination(
         table.add_column(column, justify="right")
     for entry in found["sets"]:
         counts = [entry[key] for key in ("items", "overlap", "overlap_80", "clean", "short")]
-        table.add_row(entry["set"], *(f"{count:,}" for count in counts))
+        table.add_row(escape(entry["set"]), *(f"{count:,}" for count in counts))
     console = Console()
     console.print(table)
     console.print(
         f"{found['found_ngrams']:,} of {found['distinct_ngrams']:,} distinct {ngram}-grams found: {output}",
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -377,7 +374,7 @@ def _print_summary(store: Path, manifest, dumps) -> None:
     for split, counts in splits.items():
         console.print(f"{split}: {counts['tokens']:,} tokens in {counts['documents']:,} documents", highlight=False)
     for reason, count in manifest.inputs["excluded"].items():
-        console.print(f"excluded: {count:,} documents with {reason}", highlight=False, markup=False)
+        console.print(f"excluded: {count:,} documents with {reason}", highlight=False, markup=False, soft_wrap=True)
     if manifest.inputs["skipped"]:
         listed = f"skipped: {manifest.inputs['skipped']:,} records, each with its reason in {store}/skipped.jsonl"
-        console.print(listed, style="yellow", highlight=False, markup=False)
+        console.print(listed, style="yellow", highlight=False, markup=False, soft_wrap=True)

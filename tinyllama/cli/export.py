@@ -29,6 +29,7 @@ def export_command(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
 
     from tinyllama.errors import ConfigError
     from tinyllama.export import export_checkpoint
@@ -46,6 +47,7 @@ def export_command(
     difference = record.get("logits_difference")
     checked = f", logits within {difference:.1e} of transformers" if difference is not None else ""
     Console().print(
-        f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {output}{checked}",
+        f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {escape(str(output))}{checked}",
         highlight=False,
+        soft_wrap=True,
     )

@@ -68,11 +68,14 @@ def read_items(bundle: Path, tokenizer: Tokenizer, dtype: str) -> tuple[list[Ite
         try:
             with open(path, encoding="utf-8") as stream:
                 rows = [list(dict.fromkeys(_texts(json.loads(line)))) for line in stream if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is corrupt ({error})", fix="fetch or pack the bundle again") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror})", fix="grant read permission") from None
-        encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(rows)), os.cpu_count() or 1))
+        try:
+            encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(rows)), os.cpu_count() or 1))
+        except DataError as error:
+            raise DataError(f"{path}: {error.what}", fix=error.fix) from None
         for row, texts in enumerate(rows):
             fields = []
             for ids in itertools.islice(encoded, len(texts)):

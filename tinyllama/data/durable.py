@@ -16,21 +16,28 @@ from tinyllama.errors import DataError
 
 def partial_name(path: Path) -> Path:
     """Another name for a file that is being written, which no other process of any host takes."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    return path.with_name(f"{path.name}{_partial_suffix()}")
+
+
+def _partial_suffix() -> str:
+    return f".{socket.gethostname()}-{os.getpid()}.partial"
 
 
 @contextlib.contextmanager
-def durable(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears when the block ends. Writers of the same file do not meet; the last one stays."""
+def durable(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file ("w" of text, "wb" of bytes) that appears when the block ends. Writers of the same file do not meet; the last
+    one stays.
+    """
     partial = partial_name(path)
     try:
-        with open(partial, "w", encoding="utf-8") as stream:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 
@@ -48,8 +55,21 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def refuse_unwritable(path: Path) -> None:
+    """DataError if this file could not be written: asked before work that takes long. Makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        partial_name(path).touch()
+        partial_name(path).unlink()
+    except OSError as error:
+        raise cannot_write(error, path.parent) from None
+
+
 def cannot_write(error: OSError, folder: Path) -> DataError:
     """What an error of the operating system while writing means for a user."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     fix = "free space and run the same command again; finished files are kept" if full else "give another --output"
-    return DataError(f"writing {error.filename or folder} failed ({error.strerror or error})", fix=fix)
+    name = str(error.filename or folder).removesuffix(_partial_suffix())  # as the user knows it
+    return DataError(f"writing {name} failed ({error.strerror or error})", fix=fix)

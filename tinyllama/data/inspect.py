@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyllama.data.store import AGAIN, CHUNK_TOKENS, SPLITS, TokenStore
 from tinyllama.errors import DataError
-from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+from tinyllama.tokenizer.sentencepiece_model import BYTE, Tokenizer
 
 SAMPLE_TOKENS = 120
 
@@ -28,8 +28,9 @@ def _count(store: TokenStore, special: int) -> tuple[np.ndarray, list[int]]:
     longest, current = [0] * special, [0] * special
     for start in range(0, store.num_tokens, CHUNK_TOKENS):
         piece = store.read(start, min(CHUNK_TOKENS, store.num_tokens - start))
-        if int(piece.max()) >= len(counts):
-            raise DataError(f"{store.directory} holds token {int(piece.max())} of {len(counts)}", fix=AGAIN)
+        largest = int(piece.max())
+        if largest >= len(counts):
+            raise DataError(f"{store.directory} holds token {largest} of {len(counts)}", fix=AGAIN)
         counts += np.bincount(piece, minlength=len(counts))
         for token in range(special):
             # Borders of runs, with the run that reaches over from the piece before.
@@ -45,16 +46,18 @@ def _count(store: TokenStore, special: int) -> tuple[np.ndarray, list[int]]:
 def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples: int) -> dict[str, Any]:
     """Counts for each split, document lengths by powers of two, special tokens, and `samples` decoded documents.
 
-    Special tokens are the ids below the tokenizer's first ordinary piece (unk, bos, eos) and, together, the byte pieces.
-    A run of separators longer than 2 would mean padding. Reads the whole training split.
+    tokenizer: a tokenizer.model; None takes the one beside the store, or does without where there is none. Special tokens
+    are the ids below the tokenizer's first ordinary piece (unk, bos, eos) and, together, the byte pieces. A run of
+    separators longer than 2 would mean padding. Reads the whole training split.
     """
     if samples < 0:
         raise DataError(f"--samples {samples}", fix="give 0 or more")
     store = TokenStore(directory, "train")
     manifest = store.manifest
-    loaded = Tokenizer.load(tokenizer) if tokenizer else None
+    beside = store.directory.parent / "tokenizer.model"
+    loaded = Tokenizer.load(tokenizer or beside) if tokenizer or beside.exists() else None
     if loaded and loaded.sha256 != manifest.tokenizer_sha256:
-        raise DataError(f"tokenizer {tokenizer} did not make {directory}", fix="give the one that did: --tokenizer")
+        raise DataError(f"tokenizer {loaded.path} did not make {directory}", fix="give the one that did: --tokenizer")
     bins = np.zeros(64, dtype=np.int64)
     wanted = set(np.linspace(0, store.num_documents - 1, min(samples, store.num_documents), dtype=int).tolist())
     chosen: list[tuple[int, int, int]] = []
@@ -65,8 +68,6 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
             continue
         ends = np.append(starts[1:], -1)
         ends[-1] = _next_start(store, index)
-        if (ends <= starts).any():
-            raise DataError(f"{store.directory}: where documents start in shard {index} makes no sense", fix=AGAIN)
         bins += np.bincount(np.log2(ends - starts).astype(int), minlength=64)
         chosen += [
             (n, int(starts[n - number]), int(ends[n - number]))
@@ -89,7 +90,7 @@ def describe(directory: str | os.PathLike[str], tokenizer: Path | None, samples:
         for name, token in (("unk", loaded.unk_id), ("bos", loaded.bos_id), ("eos", loaded.eos_id)):
             if 0 <= token < 3:
                 special[name] = {"id": token, "count": int(counts[token]), "longest_run": longest[token]}
-        pieces = [token for token, (_, kind) in enumerate(loaded.pieces()) if kind == 6]
+        pieces = [token for token, (_, kind) in enumerate(loaded.pieces()) if kind == BYTE]
         special["bytes"] = {"ids": len(pieces), "count": int(counts[pieces].sum())}
     return {
         "splits": {s: {"tokens": manifest.tokens(s), "documents": manifest.documents(s)} for s in SPLITS},

@@ -244,11 +244,14 @@ class TokenStore:
             rest, start = rest[count:], start + count
 
     def starts(self, index: int) -> np.ndarray:
-        """Where documents start in shard `index`, in tokens from its beginning. Shape (documents,)."""
+        """Where documents start in shard `index`, in tokens from its beginning, ascending. Shape (documents,)."""
         with _explained(self._path(index, "documents")) as path:
             if path.stat().st_size % 8:
                 raise DataError(f"{path} breaks off", fix=AGAIN)
-            return np.fromfile(path, dtype="<u8")
+            starts = np.fromfile(path, dtype="<u8")
+        if len(starts) and (int(starts[-1]) >= self._shard_length(index) or (starts[1:] <= starts[:-1]).any()):
+            raise DataError(f"{path} makes no sense: documents start out of order or beyond its end", fix=AGAIN)
+        return starts
 
     def documents(self) -> Iterator[np.ndarray]:
         """Every document in order, its separator first."""
@@ -303,7 +306,7 @@ def verify_shard(directory: Path, manifest: Manifest, shard: Shard, index: int) 
         return f"{tokens} does not match its checksum"
     if position != shard.num_tokens or seen != len(starts):
         return f"{tokens} has other counts than shards.jsonl says"
-    if index == 0 and starts[0] != 0:
+    if index == 0 and not (len(starts) and starts[0] == 0):
         return f"{tokens} does not begin with a document"
     return None
 
@@ -319,11 +322,14 @@ def verify(
 
     manifest = read_manifest(directory)
     root = Path(directory)
-    for name, expected in manifest.lists.items():
+    for name in LISTS:
         with _explained(root / name) as path:
-            if file_sha256(path) != expected:
+            if file_sha256(path) != manifest.lists.get(name):
                 raise DataError(f"{path} does not match its checksum", fix=AGAIN)
-    shards = [Shard(**entry) for entry in read_list(root, "shards.jsonl")]
+    try:
+        shards = [Shard(**entry) for entry in read_list(root, "shards.jsonl")]
+    except TypeError as error:
+        raise DataError(f"{root / 'shards.jsonl'} is no list of shards ({error})", fix=AGAIN) from None
     numbered = []
     for split in SPLITS:
         mine = [shard for shard in shards if shard.split == split]

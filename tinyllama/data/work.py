@@ -327,8 +327,8 @@ class Work:
         """Training and export look for the tokenizer beside the stores that it made."""
         beside = target.with_name("tokenizer.model")
         if not beside.exists():
-            shutil.copyfile(self.folder / "tokenizer.model", partial_name(beside))
-            os.replace(partial_name(beside), beside)
+            with durable(beside, "wb") as stream:
+                stream.write((self.folder / "tokenizer.model").read_bytes())
 
     def _write_lists(self, store: Path) -> tuple[dict[str, SplitCounts], dict[str, Any]]:
         """Write inputs.jsonl and skipped.jsonl; returns the counts of each split and of all inputs."""

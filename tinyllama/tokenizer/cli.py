@@ -40,6 +40,7 @@ def train(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     from tinyllama.data.inputs import find_inputs
@@ -67,8 +68,9 @@ def train(
         return
     Console().print(
         f"[green]trained[/] {report['vocab_size']:,} pieces on {report['lines']:,} lines of "
-        f"{report['documents']:,} documents: {output}",
+        f"{report['documents']:,} documents: {escape(str(output))}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -89,6 +91,7 @@ def export(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
 
     from tinyllama.tokenizer.export import export_hf
 
@@ -99,7 +102,8 @@ def export(
         return
     checked = report["checked"]
     Console().print(
-        f"[green]exported[/] {report['vocab_size']:,} pieces to {output}; ids equal SentencePiece's on "
+        f"[green]exported[/] {report['vocab_size']:,} pieces to {escape(str(output))}; ids equal SentencePiece's on "
         f"{checked['texts']:,} texts ({checked['tokens']:,} tokens)",
         highlight=False,
+        soft_wrap=True,
     )

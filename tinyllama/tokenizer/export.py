@@ -28,17 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import MissingExtraError, UserError
-from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer
+from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, parse
 
 Pair = tuple[str, str]
 
 
 def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
     """(piece, score, type) for every id, and the normalizer spec; UserError for models that are not Llama's kind."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - made when imported
-    proto.ParseFromString(path.read_bytes())
+    proto = parse(path.read_bytes())
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     if spec.model_type != 2:
         raise UserError(f"{path} is not a BPE model", fix="only SentencePiece BPE (Llama's kind) can be exported")

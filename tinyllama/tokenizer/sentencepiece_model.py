@@ -16,21 +16,35 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
 SPACE = "▁"
 
 
+def library() -> Any:
+    """The module sentencepiece; MissingExtraError names the extra that brings it."""
+    try:
+        import sentencepiece
+    except ImportError:
+        raise MissingExtraError("sentencepiece", "data") from None
+    return sentencepiece
+
+
+def parse(model: bytes) -> Any:
+    """The pieces and the settings in a tokenizer.model: sentencepiece's ModelProto."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    return proto
+
+
 class Tokenizer:
     """Text to ids and back. `encode` adds neither bos nor eos; what stands between documents is the store's policy."""
 
     def __init__(self, path: Path, model: bytes) -> None:
         import hashlib
 
-        try:
-            import sentencepiece
-        except ImportError:
-            raise MissingExtraError("sentencepiece", "data") from None
         self.path = path
         self._model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = library().SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise UserError(f"{path} is not a SentencePiece model ({error})", fix="give a tokenizer.model") from None
         self.vocab_size: int = self._processor.vocab_size()
@@ -61,21 +75,15 @@ class Tokenizer:
             raise UserError(f"tokenizer {file} is empty", fix="give a tokenizer.model")
         return cls(file, model)
 
-    def _proto(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        proto.ParseFromString(self._model)
-        return proto
-
     def pieces(self) -> list[tuple[str, int]]:
         """Every piece and its type, by id."""
-        return [(piece.piece, piece.type) for piece in self._proto().pieces]
+        return [(piece.piece, piece.type) for piece in parse(self._model).pieces]
 
     @property
     def is_llama_like(self) -> bool:
         """Whether this is BPE that takes text as it is: no normalization, a space before it, spaces kept as they are."""
-        spec, rules = self._proto().trainer_spec, self._proto().normalizer_spec
+        proto = parse(self._model)
+        spec, rules = proto.trainer_spec, proto.normalizer_spec
         plain = rules.name == "identity" and not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
         spaces = rules.add_dummy_prefix and rules.escape_whitespaces and not spec.treat_whitespace_as_suffix
         return spec.model_type == 2 and spec.byte_fallback and plain and spaces
@@ -85,7 +93,7 @@ class Tokenizer:
         try:
             return self._processor.encode(text)
         except (RuntimeError, TypeError):
-            check_encodable(text)
+            _refuse_lone_surrogate(text)
             raise
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
@@ -95,7 +103,7 @@ class Tokenizer:
             return self._processor.encode(texts, num_threads=num_threads)
         except (RuntimeError, TypeError):
             for text in texts:
-                check_encodable(text)
+                _refuse_lone_surrogate(text)
             raise
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -103,15 +111,19 @@ class Tokenizer:
         return self._processor.decode(list(ids))
 
 
-def check_encodable(text: str, where: str = "text") -> bytes:
-    """The text as UTF-8. DataError for half of a surrogate pair: JSON's escapes can say it, UTF-8 cannot.
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair without the other, and where; None if there is none.
 
-    Not replaced silently: what is trained on would differ from what the file holds.
+    JSON's escapes can say it, UTF-8 cannot. It is never replaced silently: what is trained on would differ from what the
+    file holds.
     """
     try:
-        return text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
-            fix="replace it (in Python: text.encode('utf-8', 'replace').decode())",
-        ) from None
+        return f"a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+    return None
+
+
+def _refuse_lone_surrogate(text: str) -> None:
+    if found := lone_surrogate(text):
+        raise DataError(f"text has {found}", fix="replace it (in Python: text.encode('utf-8', 'replace').decode())")

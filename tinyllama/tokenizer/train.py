@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.data.documents import read_documents
+from tinyllama.data.durable import cannot_write, durable, refuse_unwritable
 from tinyllama.data.inputs import find_inputs
-from tinyllama.errors import DataError, MissingExtraError, UserError
+from tinyllama.errors import DataError, UserError
+from tinyllama.tokenizer.sentencepiece_model import Tokenizer, library, parse
 
 LLAMA_SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -78,10 +80,7 @@ def _drain(kept: list[str]) -> Iterator[str]:
 
 def _without_threads(model: bytes) -> bytes:
     """The model without the number of threads that sentencepiece notes in it: the file depends on the text alone."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - made when imported
-    proto.ParseFromString(model)
+    proto = parse(model)
     proto.trainer_spec.ClearField("num_threads")
     return proto.SerializeToString()
 
@@ -98,6 +97,29 @@ def _misfit(vocab_size: int, message: str) -> UserError | None:
             fix=f"it needs at least {limit.group(1)}",
         )
     return None
+
+
+def _learn(kept: list[str], vocab_size: int, num_threads: int) -> bytes:
+    """The model that SentencePiece learns from these lines; the list is emptied. UserError if the size does not fit."""
+    model = io.BytesIO()
+    try:
+        library().SentencePieceTrainer.train(
+            sentence_iterator=_drain(kept),
+            model_writer=model,
+            vocab_size=vocab_size,
+            max_sentence_length=MAX_LINE_BYTES,
+            num_threads=num_threads,
+            minloglevel=2,
+            **LLAMA_SETTINGS,
+        )
+    except RuntimeError as error:
+        misfit = _misfit(vocab_size, str(error))
+        if misfit is None:
+            raise
+        raise misfit from None
+    except ValueError as error:
+        raise UserError(f"--vocab-size {vocab_size}, --threads {num_threads} ({error})", fix="give less") from None
+    return _without_threads(model.getvalue())
 
 
 def train(
@@ -118,18 +140,16 @@ def train(
     and the number of documents and lines. UserError if the corpus cannot support `vocab_size` pieces, DataError for
     bad input.
     """
-    try:
-        import sentencepiece
-    except ImportError:
-        raise MissingExtraError("sentencepiece", "data") from None
-    from tinyllama.tokenizer.sentencepiece_model import Tokenizer, check_encodable
-
     if vocab_size < 260:
         raise UserError(f"--vocab-size {vocab_size}", fix="256 bytes and 3 control pieces come first; give 260 or more")
     if input_sentence_size < 1:
         raise UserError(f"--max-lines {input_sentence_size}", fix="give 1 or more")
+    if num_threads is not None and num_threads < 1:
+        raise UserError(f"--threads {num_threads}", fix="give 1 or more")
     files = find_inputs(inputs)
     target = Path(output)
+    library()  # missing, or nowhere to write to: said before hours of reading
+    refuse_unwritable(target)
     seen = 0
 
     def documents() -> Iterator[str]:
@@ -137,9 +157,8 @@ def train(
         for file in files:
             for text in read_documents(file):
                 seen += 1
-                size_bytes = len(check_encodable(text, f"{file.address}, document {seen},"))
                 if progress:
-                    progress(size_bytes)
+                    progress(len(text.encode()))
                 yield text
 
     # Read before SentencePiece starts: an error in here would reach the user as one of SentencePiece's.
@@ -149,33 +168,12 @@ def train(
         raise DataError(f"{', '.join(map(str, inputs))}: no text in {seen} documents", fix="give files with text")
     if learning:
         learning()
-    model = io.BytesIO()
+    content = _learn(kept, vocab_size, num_threads or os.cpu_count() or 1)
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_drain(kept),
-            model_writer=model,
-            vocab_size=vocab_size,
-            max_sentence_length=MAX_LINE_BYTES,
-            num_threads=num_threads or os.cpu_count() or 1,
-            minloglevel=2,
-            **LLAMA_SETTINGS,
-        )
-    except RuntimeError as error:
-        misfit = _misfit(vocab_size, str(error))
-        if misfit is None:
-            raise
-        raise misfit from None
-    content = _without_threads(model.getvalue())
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with durable(target, "wb") as stream:
+            stream.write(content)
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror})", fix="give a writable --output") from None
+        raise cannot_write(error, target) from None
     loaded = Tokenizer(target, content)
     return {
         "path": str(target),

@@ -106,8 +106,9 @@ def test_no_module_hides_an_installed_package():
     assert importlib.util.find_spec("train") is not None
 
 
-def test_wheel_works_outside_the_checkout(tmp_path: Path):
+def test_wheel_works_outside_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Builds the wheel, installs it into a clean environment and runs it there."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # it would bring the checkout back in
     run = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
         capture_output=True,

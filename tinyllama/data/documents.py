@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from tinyllama.data.defaults import MAX_DOCUMENT_BYTES
 from tinyllama.data.inputs import SUFFIXES, HashedStream, InputFile
 from tinyllama.errors import DataError, nearest
+from tinyllama.tokenizer.sentencepiece_model import lone_surrogate
 
 TEXT_FIELDS = ("text", "content")
 PRESETS = Path(__file__).parent / "presets"
@@ -305,13 +306,9 @@ def _parsed(line: bytes) -> Any:
 
 
 def _checked(text: str) -> str:
-    """The text, if it can be written in UTF-8: JSON's escapes can say half of a surrogate pair, UTF-8 cannot."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _Bad(f"has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}") from None
+    """The text, if it can be written in UTF-8."""
+    if not text.isascii() and (found := lone_surrogate(text)):
+        raise _Bad(f"has {found}")
     return text
 
 

@@ -11,13 +11,18 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from tinyllama.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tinyllama.model.kernels import Choice
 
 # Dense bf16 peaks in FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12,
@@ -147,6 +152,14 @@ class Monitors:
             self._master.write_events(events)
 
 
+def kernel_table(choices: Sequence[Choice]) -> Table:
+    """What computes what in this run, and why."""
+    table = Table("", "kernel", "because", title="Kernels", title_justify="left")
+    for choice in choices:
+        table.add_row(choice.operation, choice.kernel, choice.why)
+    return table
+
+
 class TrainingConsole:
     """Progress of a run on rank 0; silent on the others."""
 
@@ -170,7 +183,7 @@ class TrainingConsole:
         if self.live:
             self._progress.start()
 
-    def print(self, text: str) -> None:
+    def print(self, text: str | Table) -> None:
         self.console.print(text, soft_wrap=True)
 
     def step(self, entry: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ Exit codes, for a supervisor:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -33,6 +34,7 @@ from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
+from train.distributed import init_distributed, use_huge_pages  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
 from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
 from train.injection import parse as parse_injection  # noqa: E402
@@ -114,6 +116,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     deepspeed_config, monitor_sections = take_monitors(deepspeed_config, output)
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
+    use_huge_pages()
     import torch
     import torch.distributed as dist
 
@@ -125,12 +128,12 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     from tinyllama import checkpoint
     from tinyllama.model.hf import fill
-    from tinyllama.model.llama import Llama
+    from tinyllama.model.kernels import Setting, choose
+    from tinyllama.model.llama import Block, Llama
     from train import generators
     from train import state as saved
-    from train.distributed import init_distributed
     from train.evaluation import Evaluation
-    from train.metrics import MetricsFile, Monitors, TrainingConsole, peak_flops, peak_memory_bytes
+    from train.metrics import MetricsFile, Monitors, TrainingConsole, kernel_table, peak_flops, peak_memory_bytes
     from train.proof import Proof
     from train.validation import validate
 
@@ -187,9 +190,19 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))
     else:
         model.initialize(recipe.training.seed)
+    kernels, choices = choose(
+        dataclasses.asdict(recipe.training.kernels),
+        Setting(device, recipe.training.compile is not None, recipe.data.document_masking),
+    )
+    model.use(kernels)
+    if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
+        # A block's weights are gathered as one, outside of what is compiled.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
     optimizer = build_optimizer(model, recipe, "offload_optimizer" in deepspeed_config["zero_optimization"])
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-    if recipe.training.compile:
+    if recipe.training.compile == "block":
+        model.compile_blocks()
+    elif recipe.training.compile == "whole":
         engine.compile()
     if found:
         saved.load_optimizer(engine, found[0], state["optimizer_steps"])
@@ -216,6 +229,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "flops_per_token": flops,
             "peak_flops": peak if peak == peak else None,
             "peak_flops_source": peak_source,
+            "kernels": {choice.operation: choice.kernel for choice in choices},
             "mixture_sha256": mixture.sha256,
             "versions": state["versions"],
             "git": state["git"],
@@ -226,6 +240,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         ledger = SpikeLedger(output / "spikes.jsonl", state["spikes"])
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
+    console.print(kernel_table(choices))
     console.print(f"[green]resumed[/] from {found[0]}" if found else "starting from new weights")
 
     # -- Signals: remember, finish the step, save, leave ------------------------------------------------------------

@@ -20,6 +20,14 @@ from tinyllama.model.config import ModelConfig
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "tinyllama_1.1b.json"
 SPIKE_POLICIES = ("warn", "skip", "rewind")
+COMPILE = ("block", "whole")
+KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
+    "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "sdpa", "blocked"),
+    "norm": ("liger", "torch"),
+    "rotary": ("liger", "torch"),
+    "swiglu": ("liger", "torch"),
+    "loss": ("liger", "chunked"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +54,30 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """What computes what, by name; the best that this machine has where null (`tinyllama/model/kernels.py`)."""
+
+    attention: str | None = None
+    norm: str | None = None
+    rotary: str | None = None
+    swiglu: str | None = None
+    loss: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long and in which portions. micro_batch_sequences: sequences on one rank at a time; derived when null."""
+    """How long and in which portions, and how it is computed.
+
+    micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing.
+    """
 
     tokens: int = 3_000_000_000_000
     batch_tokens: int = 2_097_152
     micro_batch_sequences: int | None = None
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: str | None = "block"
+    kernels: KernelsConfig = KernelsConfig()
     seed: int = 1337
     log_every_steps: int = 1
 
@@ -169,10 +193,14 @@ class Recipe:
                 f"model.max_position_embeddings={self.model.max_position_embeddings}",
                 fix="raise max_position_embeddings",
             )
-        if self.health.on_spike not in SPIKE_POLICIES:
-            raise ConfigError(
-                f"health.on_spike={self.health.on_spike!r}", fix=nearest(self.health.on_spike, list(SPIKE_POLICIES))
-            )
+        named: list[tuple[str, str | None, tuple[str, ...]]] = [
+            ("health.on_spike", self.health.on_spike, SPIKE_POLICIES),
+            ("training.compile", self.training.compile, COMPILE),
+            *((f"training.kernels.{k}", getattr(self.training.kernels, k), names) for k, names in KERNELS.items()),
+        ]
+        for key, name, valid in named:
+            if name is not None and name not in valid:
+                raise ConfigError(f"{key}={name!r}", fix=nearest(name, list(valid)))
         names = [source.name for source in self.data.sources]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"data.sources are named {names}", fix="give at least one source, each its own name")

@@ -1,8 +1,7 @@
 """The decoder itself, in one file: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
 Parameter names are Hugging Face's (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
-translation. The loss never materialises the logits of a whole batch: the cross-entropy runs over chunks of positions.
-Knows nothing of DeepSpeed, data or files.
+translation. What is worth a kernel of its own is called through `Kernels`. Knows nothing of DeepSpeed, data or files.
 """
 
 # Shapes: B batch, T positions in this call, S positions attended to (T, or past + T with a cache), H query heads,
@@ -10,28 +9,30 @@ Knows nothing of DeepSpeed, data or files.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinyllama.model import ops
 from tinyllama.model.config import ModelConfig
-
-IGNORE_INDEX = -100  # a target that carries no loss; torch's own convention
+from tinyllama.model.kernels import PLAIN, Kernels
+from tinyllama.model.ops import IGNORE_INDEX as IGNORE_INDEX  # part of this module's interface
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 whatever the input's dtype (Zhang and Sennrich, 2019)."""
+    """Root-mean-square norm, computed in fp32 whatever the input's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.kernels = PLAIN
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.kernels.norm(x, self.weight, self.eps)
 
 
 class KVCache:
@@ -60,12 +61,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding to x (B, heads, T, D) with cos and sin (B or 1, 1, T, D) in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def document_mask(documents: Tensor) -> Tensor:
     """The attention mask of packed documents: (B, T) document numbers to (B, 1, T, T), causal inside each document."""
     length = documents.shape[1]
@@ -79,6 +74,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = PLAIN
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
         self.k_proj = nn.Linear(hidden, config.kv_dim, bias=False)
@@ -86,21 +82,28 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         b, t, _ = x.shape
         head_dim = self.config.head_dim
         q = self.q_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.kernels.rotary(q, k, cos, sin)
         if cache is not None:
             end = cache.length + t
             cache.keys[layer][:, :, cache.length : end] = k
             cache.values[layer][:, :, cache.length : end] = v
             k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+        if mask is None and cache is None and torch.is_grad_enabled():
+            return self.o_proj(self.kernels.attention(q, k, v))
+        return self.o_proj(ops.sdpa(q, k, v, mask))
 
 
 class MLP(nn.Module):
@@ -108,12 +111,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.kernels = PLAIN
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -125,10 +129,31 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.compiled: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
+        if self.compiled is not None and mask is None and cache is None and torch.is_grad_enabled():
+            return self.compiled(x, cos, sin)
+        return self.compute(x, cos, sin, mask, cache, layer)
+
+    def compute(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """The layer itself, without the choice between it and its compiled form."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -167,15 +192,44 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class Head(nn.Linear):
+    """The output layer: logits, or the summed loss, so that its weight is needed in this module's pass alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.kernels = PLAIN
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden (B, T, C): logits (B, T, V); with targets (B, T) the summed loss, fp32."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return self.kernels.loss(hidden.flatten(0, 1), self.weight, targets.flatten())
+
+
 class Llama(nn.Module):
     """The language model: `Decoder` and an untied head. Its state dict is LlamaForCausalLM's."""
 
-    def __init__(self, config: ModelConfig, *, loss_chunk_tokens: int = 2048) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.loss_chunk_tokens = loss_chunk_tokens
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these from now on."""
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels
+
+    def compile_blocks(self) -> None:
+        """Compile each block's training pass; all blocks share one compiled function.
+
+        What hooks do around a module stays outside the compiler, so ZeRO-3 must gather a block's weights as one
+        (`deepspeed.utils.set_z3_leaf_modules`). Masks, caches and passes without gradients go uncompiled: their shapes
+        change from call to call.
+        """
+        for layer in self.model.layers:
+            layer.compiled = torch.compile(layer.compute, dynamic=False)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -219,25 +273,4 @@ class Llama(nn.Module):
         hidden = self.model(ids, positions, mask, cache)  # (B, T, C)
         if targets is None:
             return self.lm_head(hidden[:, -1:] if last_only else hidden)
-        return self.summed_loss(hidden, targets)
-
-    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy summed over positions, fp32, `loss_chunk_tokens` positions at a time.
-
-        The logits of a chunk are recomputed in the backward pass, so that at most one chunk of them exists at once.
-        """
-        flat, goals = hidden.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T)
-        if flat.shape[0] <= self.loss_chunk_tokens:
-            return self._chunk_loss(flat, goals)
-        total = flat.new_zeros((), dtype=torch.float32)
-        for start in range(0, flat.shape[0], self.loss_chunk_tokens):
-            piece = slice(start, start + self.loss_chunk_tokens)
-            if torch.is_grad_enabled():
-                total = total + checkpoint(self._chunk_loss, flat[piece], goals[piece], use_reentrant=False)
-            else:
-                total = total + self._chunk_loss(flat[piece], goals[piece])
-        return total
-
-    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.lm_head(hidden).float()  # (chunk, V)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return self.lm_head(hidden, targets)

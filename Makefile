@@ -24,8 +24,13 @@ $(STAMP):
 demo: install  ## Corpus to checkpoint to scores to tokens per second, in about ten minutes
 	$(BIN)/tinyllama demo --output $(DEMO_OUTPUT)
 
-test: install  ## The whole test suite, as CI runs it
+test: install  ## The whole test suite, as CI runs it; TEST_ARGS="tests/data -x" for a part of it
+ifeq ($(TEST_ARGS),)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/train --ignore tests/test_demo.py
+	$(BIN)/python -m pytest tests/train tests/test_demo.py  # they use every core, and some watch the clock
+else
 	$(BIN)/python -m pytest $(TEST_ARGS)
+endif
 
 lint: install  ## Style and types
 	$(BIN)/ruff check .

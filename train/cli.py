@@ -23,6 +23,9 @@ def train_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/pretrain"),
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    init_from: Annotated[
+        Path | None, typer.Option(help="Start from these weights: a Hugging Face Llama directory, or a checkpoint.")
+    ] = None,
     setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
     eval_every: Annotated[
         int | None, typer.Option(help="Score the model by the recipe's lm-eval tasks every so many steps.")
@@ -55,6 +58,8 @@ def train_command(
 
       tinyllama train --recipe tinyllama_120m --num-accelerators 2 --set training.tokens=1e9 --output runs/120m
 
+      tinyllama train --init-from TinyLlama-1.1B-intermediate-step-1431k-3T --set optimizer.lr=1e-4 --output runs/more
+
       tinyllama train --dry-run --num-accelerators 64 --device A100-40G --deepspeed zero1
 
       tinyllama train --nodes 2 --node-rank 0 --master 10.0.0.1:29500 --output /shared/1b
@@ -70,6 +75,7 @@ def train_command(
     from tinyllama.errors import ConfigError
     from train import launch as launching
     from train import plan as planning
+    from train import start
     from train.nodes import Nodes
     from train.recipe import load_recipe
     from train.state import refuse_other_run
@@ -100,11 +106,14 @@ def train_command(
     if ranks is not None and hostfile is None:
         planning.resolve_deepspeed(raw, wanted, ranks)
     mixture = planning.open_mixture(wanted, data)
-    if resume != "never":
+    resumed = checkpoint.list_checkpoints(output)[-1:] if resume != "never" else []
+    if init_from and not resumed:
+        start.check(init_from, wanted.model)
+    for _, newest in resumed:
         # Checked again by the run itself, with the checksums; here it costs no launch.
-        for _, newest in checkpoint.list_checkpoints(output)[-1:]:
-            new = {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}
-            refuse_other_run(checkpoint.read_json(newest / "state.json"), new, newest)
+        old = checkpoint.read_json(newest / "state.json")
+        refuse_other_run(old, {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}, newest)
+        start.refuse_other_start(old.get("init_from"), str(init_from) if init_from else None, newest)
     console = Console(highlight=False, quiet=several is not None and several.rank > 0)
     steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")
@@ -113,6 +122,7 @@ def train_command(
 
     script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
     script += ["--recipe", recipe] if recipe else []
+    script += ["--init-from", str(init_from)] if init_from else []
     script += ["--inject", inject] if inject else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]

@@ -33,6 +33,7 @@ from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
 from train import plan as planning  # noqa: E402
+from train import start  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
 from train.distributed import init_distributed, use_huge_pages  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
@@ -55,6 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="runs/pretrain", metavar="RUN", help="run directory")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to keep with the checkpoints")
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
+    parser.add_argument("--init-from", metavar="DIR", help="start from these weights: Hugging Face Llama or checkpoint")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--inject", default="", help=argparse.SUPPRESS)  # faults: see train/injection.py
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -164,6 +166,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         "mixture_sha256": mixture.sha256,
         "recipe": recipe.to_dict(),
         "deepspeed": {**deepspeed_config, **monitor_sections},
+        "init_from": None,
         "versions": saved.versions(),
         "git": saved.commit() if rank == 0 else {},
     }
@@ -179,6 +182,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         raise CheckpointError(f"{output} has checkpoints", fix="give another --output, or use --resume auto")
     if found:
         saved.refuse_other_run(found[1], state, found[0])
+        start.refuse_other_start(found[1].get("init_from"), arguments.init_from, found[0])
+        state["init_from"] = found[1].get("init_from")
         state.update({key: found[1].get(key, start) for key, start in progress.items()})
 
     # -- Model, optimizer, engine -----------------------------------------------------------------------------------
@@ -188,6 +193,14 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     model.model.activation_checkpointing = recipe.training.activation_checkpointing
     if found:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))
+    elif arguments.init_from:
+        origin = Path(arguments.init_from).resolve()
+        start.check(origin, recipe.model)
+        # One rank reads every byte for the checksums before any trusts the weights.
+        checked = [start.sha256(origin) if rank == 0 else None]
+        dist.broadcast_object_list(checked, group=control)
+        state["init_from"] = {"path": str(origin), "sha256": checked[0]}
+        fill(model, start.tensors(origin), str(origin))
     else:
         model.initialize(recipe.training.seed)
     kernels, choices = choose(
@@ -207,6 +220,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     if found:
         saved.load_optimizer(engine, found[0], state["optimizer_steps"])
         generators.restore(found[0], rank)
+    elif arguments.init_from:
+        saved.load_masters(engine, start.tensors(Path(arguments.init_from)))
     forward = {"separator_id": separator, "device": device, "beat": beat}
     proof = Proof(engine, mixture, held_out, plan.micro, forward) if recipe.checkpoint.proof else None
     if proof and found and "proof" in found[1]:
@@ -229,6 +244,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "flops_per_token": flops,
             "peak_flops": peak if peak == peak else None,
             "peak_flops_source": peak_source,
+            "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
             "mixture_sha256": mixture.sha256,
             "versions": state["versions"],
@@ -241,7 +257,12 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
     console.print(kernel_table(choices))
-    console.print(f"[green]resumed[/] from {found[0]}" if found else "starting from new weights")
+    began = (
+        f"starting from the weights of {state['init_from']['path']}"
+        if state["init_from"]
+        else "starting from new weights"
+    )
+    console.print(f"[green]resumed[/] from {found[0]}" if found else began)
 
     # -- Signals: remember, finish the step, save, leave ------------------------------------------------------------
     signalled: list[int] = []

@@ -20,6 +20,8 @@ from tinyllama.model.config import ModelConfig
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "tinyllama_1.1b.json"
 SPIKE_POLICIES = ("warn", "skip", "rewind")
+SCHEDULES = ("cosine", "wsd")
+DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 COMPILE = ("block", "whole")
 KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
     "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "sdpa", "blocked"),
@@ -84,11 +86,18 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its cosine schedule. Norms and the input embedding have no weight decay."""
+    """AdamW and its schedule (`train/schedule.py`). Norms and the input embedding have no weight decay.
+
+    schedule: "cosine" or "wsd" (warmup, stable, decay). Of wsd: the rate falls over the last decay_frac of the tokens, as
+    decay_shape says: "linear", "cosine" or "1-sqrt".
+    """
 
     lr: float = 4e-4
     min_lr: float = 4e-5
     warmup_steps: int = 2000
+    schedule: str = "cosine"
+    decay_frac: float = 0.2
+    decay_shape: str = "1-sqrt"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -169,6 +178,8 @@ class Recipe:
         opt = self.optimizer
         if not 0 <= opt.min_lr < opt.lr:
             raise ConfigError(f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr")
+        if not 0 < opt.decay_frac <= 1:
+            raise ConfigError(f"optimizer.decay_frac={opt.decay_frac} is not in (0, 1]", fix="correct the recipe")
         positive = {
             "data.sequence_length": self.data.sequence_length,
             "data.max_epochs": self.data.max_epochs,
@@ -195,6 +206,8 @@ class Recipe:
             )
         named: list[tuple[str, str | None, tuple[str, ...]]] = [
             ("health.on_spike", self.health.on_spike, SPIKE_POLICIES),
+            ("optimizer.schedule", opt.schedule, SCHEDULES),
+            ("optimizer.decay_shape", opt.decay_shape, DECAY_SHAPES),
             ("training.compile", self.training.compile, COMPILE),
             *((f"training.kernels.{k}", getattr(self.training.kernels, k), names) for k, names in KERNELS.items()),
         ]

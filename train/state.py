@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from tinyllama.errors import CheckpointError
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
+    from torch.nn import Parameter
 
 
 def versions() -> dict[str, str]:
@@ -164,18 +165,36 @@ def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: in
 
 
 def _fill_stage3(engine: DeepSpeedEngine, slices: checkpoint.Slices) -> None:
+    for name, parameter in engine.module.named_parameters():
+        for kind in (checkpoint.WEIGHT, *checkpoint.MOMENTS):
+            _set_local(parameter, kind, lambda part: slices.read(kind, name, part.start, part.stop))  # noqa: B023
+
+
+def _set_local(parameter: Parameter, kind: str, read: Callable[[slice], Tensor]) -> None:
+    """Give ZeRO-3's part of a weight or moment on this rank what `read(slice)` has for it."""
     import torch
     import torch.distributed as dist
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name, parameter in engine.module.named_parameters():
-        start, stop = _local_range(prod(parameter.ds_shape), rank, ranks)
-        for kind in (checkpoint.WEIGHT, *checkpoint.MOMENTS):
-            local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
-            if start < stop:
-                local[: stop - start] = slices.read(kind, name, start, stop)
-            if kind == checkpoint.WEIGHT:
-                safe_set_local_fp32_param(parameter, local)
-            else:
-                safe_set_local_optimizer_state(parameter, local, kind)
+    start, stop = _local_range(prod(parameter.ds_shape), dist.get_rank(), dist.get_world_size())
+    local = torch.zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
+    if start < stop:
+        local[: stop - start] = read(slice(start, stop))
+    if kind == checkpoint.WEIGHT:
+        safe_set_local_fp32_param(parameter, local)
+    else:
+        safe_set_local_optimizer_state(parameter, local, kind)
+
+
+def load_masters(engine: DeepSpeedEngine, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Give a new engine's fp32 master weights these values, which DeepSpeed has rounded to the model's precision."""
+    parameters = dict(engine.module.named_parameters())
+    for name, tensor in tensors:
+        if name not in parameters:
+            continue
+        parameter, flat = parameters[name], tensor.reshape(-1).float()
+        if engine.zero_optimization_stage() == 3:
+            _set_local(parameter, checkpoint.WEIGHT, flat.__getitem__)
+        elif (mapping := parameter._hp_mapping) is not None:
+            start = mapping.lp_fragment_address.start
+            mapping.get_hp_fragment().data.copy_(flat[start : start + mapping.lp_fragment_address.numel])

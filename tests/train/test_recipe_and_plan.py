@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,34 @@ def test_golden_schedule():
     assert learning_rate(2 * recipe.training.tokens, recipe) == 4e-5
 
 
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - 0.5**0.5)])
+def test_golden_warmup_stable_decay(shape, half):
+    batch, steps = 1000, 1000
+    recipe = load_recipe(
+        settings=[
+            *(f"training.tokens={batch * steps}", f"training.batch_tokens={batch}", "optimizer.warmup_steps=100"),
+            *("optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.schedule=wsd", "optimizer.decay_frac=0.2"),
+            f"optimizer.decay_shape={shape}",
+        ]
+    )
+    rates = [learning_rate(step * batch, recipe) for step in range(steps + 2)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[49] == pytest.approx(5e-4)
+    assert set(rates[99:801]) == {1e-3}  # the whole of the stable part, and the first step of the decay
+    assert rates[900] == pytest.approx(1e-4 + 9e-4 * half)
+    assert all(before > after for before, after in itertools.pairwise(rates[800:1001]))
+    assert rates[1000] == rates[1001] == 1e-4
+
+
+def test_a_stable_part_does_not_depend_on_how_long_the_run_will_be():
+    """So that a run can go on from any checkpoint of it, with more tokens or towards an earlier end."""
+    common = ["training.batch_tokens=1000", "optimizer.warmup_steps=10", "optimizer.schedule=wsd"]
+    short = load_recipe(settings=[*common, "data.sequence_length=1000", "training.tokens=1e6"])
+    long = load_recipe(settings=[*common, "data.sequence_length=1000", "training.tokens=5e6"])
+    rates = [[learning_rate(tokens, recipe) for tokens in range(0, 800_000, 1000)] for recipe in (short, long)]
+    assert rates[0] == rates[1]
+
+
 def test_batch_is_the_same_tokens_for_every_number_of_ranks():
     recipe = load_recipe()
     for ranks in (1, 2, 4, 8, 16, 32, 64, 128):
@@ -74,6 +103,13 @@ def test_impossible_batches_name_all_numbers_and_the_nearest():
     ("setting", "words"),
     [
         ("optimizer.min_lr=4e-4", "min_lr=0.0004 is not below"),
+        ("optimizer.schedule=wds", "did you mean wsd"),
+        ("optimizer.decay_shape=sqrt", "did you mean 1-sqrt"),
+        ("optimizer.decay_frac=0", "decay_frac=0.0 is not in"),
+        ("training.compile=blocks", "did you mean block"),
+        ("training.compile=true", "training.compile=True is not of type str or null"),
+        ("training.kernels.attention=flash-atn-3", "did you mean flash-attn-3"),
+        ("training.kernels.softmax=liger", "training.kernels.softmax is not a recipe setting"),
         ("optimiser.lr=1", "did you mean optimizer"),
         ("optimizer.beta=1", "did you mean betas"),
         ("training.tokens=many", "training.tokens='many' is not of type int"),

@@ -1,19 +1,24 @@
-"""Runs that start from weights that exist, and go on compiled: real DeepSpeed ZeRO-3 on two ranks."""
+"""How runs begin: new weights under every stage, and weights that exist. Real DeepSpeed on two ranks."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, train
-from test_pretrain import losses, mixture_of, weights
+from conftest import ROOT, TINY_MODEL, train
+from test_pretrain import losses, mixture_of, recipe_of, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyllama import checkpoint
 from tinyllama.model.hf import load_model
+from tinyllama.model.llama import Llama
+from train.launch import free_port
 from train.recipe import load_recipe
 
 MODEL = load_recipe("demo", TINY_MODEL).model
@@ -111,3 +116,50 @@ def test_a_folder_that_is_no_model_is_refused(stores, origin, tmp_path):
     assert refused.returncode == 2
     assert "model-00002-of" in refused.stderr
     assert "does not exist; give a complete Hugging Face directory" in refused.stderr
+
+
+@pytest.mark.parametrize("stage", [3, 1])
+def test_new_weights_are_those_of_the_seed_under_every_stage(stores, tmp_path, stage):
+    """After one step at a rate too small to matter. DeepSpeed's fp32 copy is made of the bf16 weights."""
+    more = ("training.tokens=768", "optimizer.lr=1e-12", "optimizer.min_lr=0", "optimizer.weight_decay=0")
+    train(stores, tmp_path / "run", *more, extra=("--deepspeed", f"zero{stage}"))
+    found = weights(checkpoint.resolve(tmp_path / "run"))
+    model = Llama(MODEL)
+    model.initialize(recipe_of(tmp_path / "run").training.seed)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach().bfloat16().float(), rtol=0, atol=1e-10, msg=name)
+        assert found[name].isfinite().all()
+
+
+def test_weights_that_zero_init_took_away_are_not_initialized_in_silence(tmp_path):
+    """DeepSpeed leaves empty tensors, which any initialization would fill without an error (DeepSpeed issue 2650)."""
+    script = """
+import sys, deepspeed, torch
+from tinyllama.model.config import ModelConfig
+from tinyllama.model.llama import Llama
+from train.distributed import init_distributed
+config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+init_distributed(config)
+shape = ModelConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2)
+plain = Llama(shape)
+plain.initialize(3)
+with deepspeed.zero.Init(config_dict_or_path=config):
+    model = Llama(shape)
+try:
+    model.initialize(3)
+except RuntimeError as error:
+    assert "is partitioned" in str(error)
+else:
+    sys.exit("nothing was said")
+with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+    model.initialize(3)
+with deepspeed.zero.GatheredParameters(list(model.parameters())):
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
+print("as it should be")
+"""
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "as it should be" in done.stdout, done.stderr

@@ -237,9 +237,12 @@ class Llama(nn.Module):
 
         Normal(0, initializer_range); the projections that write into the residual stream are scaled by
         1/sqrt(2 * layers) (Radford et al., 2019), so that its variance does not grow with depth. Norms are 1.
+        Raises RuntimeError where DeepSpeed has taken the weights away (`zero.Init`): filling what is left would do nothing.
         """
         residual = ("o_proj.weight", "down_proj.weight")
         for index, (name, parameter) in enumerate(self.named_parameters()):
+            if parameter.numel() == 0:
+                raise RuntimeError(f"{name} is partitioned: initialize inside deepspeed.zero.GatheredParameters")
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                         all rows, about half an hour on two cores
     python benchmarks/train_step.py --rows "ours, ZeRO-3" --repeats 5
-    python benchmarks/train_step.py --shape 1.1b --sequence-length 2048 --stages 3,1,0 --micro 4,8,16      on a GPU
+    python benchmarks/train_step.py --rows gpu --shape 1.1b --sequence-length 2048 --micro 4,8,16
 
 Each row is a process of its own: random tokens, one optimizer step to warm up and compile, then `--repeats` steps; after
 the last row the next round begins, and the median over all rounds counts. All rows keep bf16 weights, fp32 master
@@ -53,11 +53,15 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way to make the step. stage: DeepSpeed's; None without it. compiled: None, "whole" or "block"."""
+    """One way to make the step. stage: DeepSpeed's; None without it. compiled: None, "block", "whole" or "deepcompile".
+
+    recomputed: activations are made again in the backward pass, to save memory.
+    """
 
     model: str
     stage: int | None
     compiled: str | None
+    recomputed: bool = False
 
 
 ROWS = {
@@ -69,22 +73,30 @@ ROWS = {
     "ours, ZeRO-3": Row("ours", 3, "block"),
     "ours compiled whole, ZeRO-3": Row("ours", 3, "whole"),
 }
+GPU_ROWS = {
+    f"ours {name}, {'no DeepSpeed' if stage is None else f'ZeRO-{stage}'}": Row("ours", stage, compiled)
+    for name, compiled in (("eager", None), ("by blocks", "block"), ("whole", "whole"), ("DeepCompile", "deepcompile"))
+    for stage in (None, 1, 3)
+    if not (compiled == "deepcompile" and stage is None)
+} | {"ours by blocks, recomputed, ZeRO-1": Row("ours", 1, "block", recomputed=True)}
+EVERY_ROW = ROWS | GPU_ROWS
 
 
 # -- One row, in its own process ----------------------------------------------------------------------------------------
 
 
-def build(name: str, config: ModelConfig, device: Any, compiled: str | None) -> Any:
+def build(row: Row, config: ModelConfig, device: Any) -> Any:
     """A module that takes ids and targets (B, T) and gives the summed loss."""
     import torch
 
-    if name == "ours":
+    if row.model == "ours":
         from tinyllama.model.kernels import Setting, choose
         from tinyllama.model.llama import Llama
 
         model = Llama(config)
         model.initialize(1)
-        model.use(choose({}, Setting(device, compiled is not None))[0])
+        model.model.activation_checkpointing = row.recomputed
+        model.use(choose({}, Setting(device, row.compiled is not None))[0])
         return model
 
     class WithLoss(torch.nn.Module):
@@ -99,7 +111,7 @@ def build(name: str, config: ModelConfig, device: Any, compiled: str | None) -> 
             logits = found if isinstance(found, torch.Tensor) else found.logits
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
-    if name == "transformers":
+    if row.model == "transformers":
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return WithLoss(LlamaForCausalLM(LlamaConfig(**config.to_hf())))
@@ -163,7 +175,7 @@ class Plain:
 class WithDeepSpeed:
     """DeepSpeed's engine on the shipped JSON."""
 
-    def __init__(self, model: Any, row: Row, accumulation: int, micro: int, length: int, deepcompile: bool) -> None:
+    def __init__(self, model: Any, row: Row, accumulation: int, micro: int, length: int) -> None:
         import deepspeed
         import torch
 
@@ -180,7 +192,7 @@ class WithDeepSpeed:
             }
         )
         resolved, _ = resolve_deepspeed(config, recipe, 1)
-        if deepcompile:
+        if row.compiled == "deepcompile":
             resolved["compile"] = {"deepcompile": True}
         init_distributed(resolved)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -216,12 +228,12 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(1)
     config, length, micro = SHAPES[arguments.shape], arguments.sequence_length, arguments.micro[0]
     accumulation = max(1, arguments.step_tokens // (micro * length))
-    model = build(row.model, config, device, row.compiled)
+    model = build(row, config, device)
     made: Any
     if row.stage is None:
         made = Plain(model, row.compiled, device)
     else:
-        made = WithDeepSpeed(model, row, accumulation, micro, length, arguments.deepcompile)
+        made = WithDeepSpeed(model, row, accumulation, micro, length)
     generator = torch.Generator().manual_seed(2)
     shape = (accumulation, micro, length + 1)
     tokens = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
@@ -293,7 +305,9 @@ def merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, An
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", help="names of rows, separated by semicolons; default all")
+    parser.add_argument(
+        "--rows", help='names of rows, separated by semicolons; "gpu" for those of a GPU; default all others'
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="125m")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument(
@@ -302,7 +316,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, default=8192, help="tokens of an optimizer step")
     parser.add_argument("--repeats", type=int, default=3, help="steps that are timed in each process")
     parser.add_argument("--rounds", type=int, default=2, help="processes a row, all rows in turn")
-    parser.add_argument("--deepcompile", action="store_true", help="DeepSpeed's own compiler passes in its rows")
     parser.add_argument("--output", type=Path, help="JSON; default benchmarks/results/train_step.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--matmul", action="store_true", help=argparse.SUPPRESS)
@@ -316,16 +329,19 @@ def main() -> None:
         print(json.dumps({"flops": matmul_flops()}))
         return
     if arguments.one:
-        print("\n" + json.dumps(measure(ROWS[arguments.one], arguments)), flush=True)
+        print("\n" + json.dumps(measure(EVERY_ROW[arguments.one], arguments)), flush=True)
         os._exit(0)
 
-    names = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(ROWS)
+    named = list(GPU_ROWS) if arguments.rows == "gpu" else (arguments.rows or "").split(";")
+    names = [name.strip() for name in named] if arguments.rows else list(ROWS)
+    if unknown := [name for name in names if name not in EVERY_ROW]:
+        sys.exit(f"error: --rows {unknown[0]}; valid: {'; '.join(EVERY_ROW)}")
     config, length = SHAPES[arguments.shape], arguments.sequence_length
     flops = config.flops_per_token(length)
     results: dict[str, dict[str, Any]] = {}
     ceilings = [in_own_process("--matmul")["flops"]]
     passed = ["--shape", arguments.shape, "--sequence-length", str(length), "--step-tokens", str(arguments.step_tokens)]
-    passed += ["--repeats", str(arguments.repeats), *(["--deepcompile"] if arguments.deepcompile else [])]
+    passed += ["--repeats", str(arguments.repeats)]
     for round_number in range(arguments.rounds):
         for name in names:
             for micro in arguments.micro:

@@ -12,6 +12,7 @@ from tinyllama import checkpoint
 from tinyllama.errors import MissingExtraError, UserError
 
 BACKENDS = ("native", "hf", "vllm")
+CPU_ROWS = 16  # of the hf backend, whose search for the largest batch takes minutes on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ModelChoice:
     path: str
     backend: str
     dtype: str
-    batch_size: int
+    batch_size: int | None  # rows; None: as many as the machine takes
     max_length: int | None = None
 
     @property
@@ -29,7 +30,7 @@ class ModelChoice:
         return Path(self.path).exists()
 
 
-def choose(model: str, backend: str | None, dtype: str, batch_size: int, max_length: int | None) -> ModelChoice:
+def choose(model: str, backend: str | None, dtype: str, batch_size: int | None, max_length: int | None) -> ModelChoice:
     """Check the arguments; derive the backend: native for local Llama directories and checkpoints, else hf."""
     path = Path(model)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -79,7 +80,7 @@ def make(choice: ModelChoice, log: Path) -> Any:
     return CountingHFLM(
         pretrained=choice.path,
         dtype=choice.dtype,
-        batch_size=choice.batch_size,
+        batch_size=choice.batch_size or ("auto" if _has_cuda() else CPU_ROWS),
         max_length=choice.max_length,
         device="cuda" if _has_cuda() else "cpu",
     )

@@ -20,7 +20,9 @@ def eval_command(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many items of each task.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where results.json goes.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows at a time; default as many as the machine takes.", show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     max_length: Annotated[int | None, typer.Option(help="Context in tokens; default the model's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the tables.")] = False,
@@ -54,7 +56,7 @@ def eval_command(
 
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}", fix="give 1 or more")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size {batch_size}", fix="give 1 or more")
     choice = backends.choose(model, backend, dtype, batch_size, max_length)
     chosen = suites.select(tasks)

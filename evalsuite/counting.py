@@ -26,11 +26,16 @@ class CountingHFLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
             context, settings = request.args
-            room = self.max_length - int(settings.get("max_gen_toks", self.max_gen_toks))
-            if room <= 0:
-                raise UserError(
-                    f"this task generates up to {self.max_length - room} tokens, the model's context is {self.max_length}",
-                    fix="leave it out, or use a model with a longer context",
-                )
+            room = self.room_for_prompt(int(settings.get("max_gen_toks", self.max_gen_toks)))
             self.num_truncated += len(self.tok_encode(context)) > room
         return super().generate_until(requests, disable_tqdm=True)
+
+    def room_for_prompt(self, generated: int) -> int:
+        """Tokens that a prompt may have where `generated` follow it; UserError where there are none."""
+        room = self.max_length - generated
+        if room <= 0:
+            raise UserError(
+                f"this task generates up to {generated} tokens, the model's context is {self.max_length}",
+                fix="leave it out, or use a model with a longer context",
+            )
+        return room

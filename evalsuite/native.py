@@ -1,26 +1,36 @@
 """Our own Llama behind lm-eval: from an export, any Hugging Face Llama directory, or a training checkpoint.
 
-Everything but the two model calls is lm-eval's HFLM (tokens, bos policy, truncation, grouping, post-processing), so that
-the scores are the hf backend's up to the order of floating-point sums.
+Tokens, bos policy and truncation are lm-eval's HFLM's, so that the scores are the hf backend's up to the order of
+floating-point sums. What is computed is not: shared prefixes go through the model once (`scoring.py`, `generation.py`).
 """
 
 from __future__ import annotations
 
+import collections
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import AutoTokenizer, LlamaConfig
 
 from evalsuite.backends import ModelChoice, tokenizer_directory
 from evalsuite.counting import CountingHFLM
+from evalsuite.generation import Generation, Prompt, greedy_or_drawn, seed_of
+from evalsuite.scoring import Budget, Continuation, Work, log_likelihoods
 from tinyllama import checkpoint
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, load_model
-from tinyllama.model.llama import KVCache, Llama
+from tinyllama.model.llama import Llama
+
+# Tokens of a pass and rows of a generation step, where the user names no batch size. Measured on two cores, 4,096 tokens
+# are as fast as more; a GPU has the room and needs the work.
+PASS_TOKENS, ROWS = {"cpu": 4096, "cuda": 32768}, {"cpu": 64, "cuda": 512}
+TOKENS_PER_ROW = 256  # of a pass, for a batch size given in rows
+SAMPLING_SEED = 1234  # lm-eval's
 
 
 def hf_config(config: ModelConfig) -> LlamaConfig:
@@ -45,7 +55,12 @@ class _Body(torch.nn.Module):
 
 
 class NativeLM(CountingHFLM):
-    """lm-eval's interface over `Llama`; greedy or temperature sampling with a key-value cache."""
+    """lm-eval's interface over `Llama`; greedy or temperature sampling.
+
+    work: the tokens computed so far. on_progress is called with the number of forest tokens of each finished pass.
+    """
+
+    on_progress: Callable[[int], None] = staticmethod(lambda tokens: None)
 
     @classmethod
     def load(cls, choice: ModelChoice) -> NativeLM:
@@ -65,50 +80,58 @@ class NativeLM(CountingHFLM):
                 fix="use the tokenizer that the model was trained with",
             )
         body = _Body(llama.to(device))
-        return cls(
+        model = cls(
             pretrained=body,
             tokenizer=tokenizer,
-            batch_size=choice.batch_size,
+            batch_size=choice.batch_size or 1,
             max_length=choice.max_length,
             dtype=DTYPES[choice.dtype],
             backend="causal",
         )
+        model.work = Work()
+        model.budget = Budget(PASS_TOKENS[device], ROWS[device])
+        if choice.batch_size is not None:
+            model.budget = Budget(choice.batch_size * TOKENS_PER_ROW, choice.batch_size)
+        return model
 
-    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """Logits (B, T, V) of right-padded rows (B, T); causal, so the padding changes nothing before it."""
-        with torch.no_grad():
-            return self.model.llama(inps)
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(summed log-probability, is greedy) of ((context, continuation), context ids, continuation ids), in order."""
+        wanted = []
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-(self.max_length + 1) :]  # HFLM's truncation: the beginning goes
+            self.num_truncated += len(context) + len(continuation) > len(ids)
+            wanted.append(Continuation(ids[:-1], continuation))
+        found = log_likelihoods(self.model.llama, wanted, self.budget, self.work, self.on_progress)
+        for (key, _, _), answer in zip(requests, found, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """Continue left-padded rows (B, T) until every one has ended or `max_length` is reached: (B, up to max_length)."""
-        allowed = kwargs.pop("attention_mask").bool()  # (B, T)
-        temperature = kwargs.pop("temperature", 0.0) or 0.0
-        sampling = bool(kwargs.pop("do_sample", temperature > 0)) and temperature > 0
-        for name, value in kwargs.items():
-            raise UserError(f"generation setting {name}={value!r}", fix="use --backend hf or vllm for this task")
-        rows, length = context.shape
-        llama: Llama = self.model.llama
-        cache = KVCache(llama.config, rows, max_length, llama.lm_head.weight.dtype, context.device)
-        ended = stop_sequences_criteria(self.tokenizer, stop, length, rows)
-        positions = (allowed.cumsum(1) - 1).clamp(min=0)
-        causal = torch.ones(length, length, dtype=torch.bool, device=context.device).tril()
-        # Padding rows may attend to themselves: a softmax over nothing would be NaN.
-        mask = (causal & allowed[:, None, :]) | torch.eye(length, dtype=torch.bool, device=context.device)
-        sequence, done = context, torch.zeros(rows, dtype=torch.bool, device=context.device)
-        eos, pad = self.eot_token_id, self.tokenizer.pad_token_id
-        with torch.no_grad():
-            logits = llama(context, positions=positions, mask=mask[:, None], cache=cache, last_only=True)[:, -1]
-            while True:
-                if sampling:
-                    chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
-                else:
-                    chosen = logits.argmax(-1)
-                chosen = torch.where(done, pad, chosen)
-                sequence = torch.cat((sequence, chosen[:, None]), 1)
-                done = done | (chosen == eos) | torch.as_tensor(ended(sequence, None), device=context.device)
-                if sequence.shape[1] >= max_length or bool(done.all()):
-                    return sequence
-                allowed = torch.cat((allowed, torch.ones(rows, 1, dtype=torch.bool, device=context.device)), 1)
-                positions = positions[:, -1:] + 1
-                step = allowed[:, None, None, :]  # (B, 1, 1, S)
-                logits = llama(chosen[:, None], positions=positions, mask=step, cache=cache)[:, -1]
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that continues each request's context, without the stop string that ended it."""
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        prompts, repeats = [], collections.Counter[str]()
+        for request in requests:
+            context, given = request.args
+            settings = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            stops = handle_stop_sequences(settings.pop("until", None), eos=eos)
+            most = int(settings.pop("max_gen_toks"))
+            room = self.room_for_prompt(most)
+            ids = self.tok_encode(context)
+            self.num_truncated += len(ids) > room
+            seed = seed_of(ids, repeats[context], SAMPLING_SEED)
+            repeats[context] += 1
+            prompts.append(Prompt(ids[-room:], most, tuple(stops), greedy_or_drawn(settings), seed))
+        if not prompts:
+            return []
+        made = Generation(self.model.llama, prompts, self.eot_token_id, self.tokenizer.batch_decode)
+        texts = [self.tok_decode(tokens) for tokens in made.run(self.budget, self.work, self.on_progress)]
+        texts = [
+            postprocess_generated_text(text, list(prompt.stops), think_end_token=None)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts

@@ -10,6 +10,7 @@ translation. What is worth a kernel of its own is called through `Kernels`. Know
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ class RMSNorm(nn.Module):
         return self.kernels.norm(x, self.weight, self.eps)
 
 
+class Cache(Protocol):
+    """What the decoder asks of a cache: `KVCache`, or another that keeps keys and values in its own way."""
+
+    length: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor: ...
+
+    def advance(self, tokens: int) -> None: ...
+
+
 class KVCache:
     """Keys and values of the positions seen so far, for generation. Fixed capacity, filled from the left.
 
@@ -48,6 +59,17 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.length = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep k and v (B, K, T, D) of a layer; attention of q (B, H, T, D) over all that is kept: (B, T, H * D)."""
+        end = self.length + q.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return ops.sdpa(q, self.keys[layer][:, :, :end], self.values[layer][:, :, :end], mask)
+
+    def advance(self, tokens: int) -> None:
+        """Every layer has seen `tokens` more positions."""
+        self.length += tokens
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +109,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         b, t, _ = x.shape
@@ -97,11 +119,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = self.kernels.rotary(q, k, cos, sin)
         if cache is not None:
-            end = cache.length + t
-            cache.keys[layer][:, :, cache.length : end] = k
-            cache.values[layer][:, :, cache.length : end] = v
-            k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]  # (B, K, S, D)
-        if mask is None and cache is None and torch.is_grad_enabled():
+            return self.o_proj(cache.attend(layer, q, k, v, mask))
+        if mask is None and torch.is_grad_enabled():
             return self.o_proj(self.kernels.attention(q, k, v))
         return self.o_proj(ops.sdpa(q, k, v, mask))
 
@@ -137,7 +156,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         if self.compiled is not None and mask is None and cache is None and torch.is_grad_enabled():
@@ -150,7 +169,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         """The layer itself, without the choice between it and its compiled form."""
@@ -170,7 +189,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         x = self.embed_tokens(ids)  # (B, T, C)
@@ -188,7 +207,7 @@ class Decoder(nn.Module):
             else:
                 x = layer(x, cos, sin, mask, cache, index)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.advance(ids.shape[1])
         return self.norm(x)
 
 
@@ -260,7 +279,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Logits, or the summed loss where targets are given.

@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed-$(shell cat requirements/cpu.lock pyproject.toml 2>/d
 DEMO_OUTPUT ?= runs/demo
 TEST_ARGS ?=
 
-.PHONY: help install demo test test-all lint format types clean
+.PHONY: help install demo test test-slow lint format types clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,11 +26,14 @@ demo: install  ## Corpus to checkpoint to scores to tokens per second, in about 
 
 test: install  ## The whole test suite, as CI runs it; TEST_ARGS="tests/data -x" for a part of it
 ifeq ($(TEST_ARGS),)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/train --ignore tests/test_demo.py
-	$(BIN)/python -m pytest tests/train tests/test_demo.py  # they use every core, and some watch the clock
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "alone and not slow"
 else
 	$(BIN)/python -m pytest $(TEST_ARGS)
 endif
+
+test-slow: install  ## What takes minutes and most of the memory: one step of the whole 1.1B recipe on a CPU
+	$(BIN)/python -m pytest -m slow --timeout=1800
 
 lint: install  ## Style and types
 	$(BIN)/ruff check .

@@ -16,6 +16,10 @@ import pytest
 if TYPE_CHECKING:
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: with two threads each they would wait for one another at every operation.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 LLAMA2 = SHARED / "tokenizer" / "llama2" / "tokenizer.model"

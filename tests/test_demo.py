@@ -9,7 +9,10 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.alone
 
 STEPS = 60
 SETTINGS = [

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.alone
 
 
 def test_a_disturbed_run_ends_as_the_undisturbed_one(stores, tmp_path):

@@ -131,6 +131,7 @@ def test_a_sick_run_ends_with_one_line_and_saves_nothing(stores, tmp_path, fault
     assert checkpoint.list_checkpoints(run)[-1][0] == steps // 3 * 3
 
 
+@pytest.mark.alone
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(stores, tmp_path):
     run = tmp_path / "run"
     process = start(stores, run, "training.tokens=7680000", "data.max_epochs=1000", "health.hang_timeout_s=3")

@@ -93,18 +93,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model = HFLM(pretrained=arguments.model, dtype="float32", batch_size=arguments.batch_size, device="cpu")
         spent = timed(model, began)
         entered = time.perf_counter()
-        choices: dict[str, Any] = {}
-        for task in prepared:
-            results = runner.run_task(model, task, arguments.limit or items)
-            assert results is not None
-            for leaf, samples in results["samples"].items():
-                for sample in samples:
-                    key = f"{leaf} {sample['doc_hash']} {sample['filter']} {sample['doc_id']}"
-                    choices[key] = chosen(sample)
-        found = {"seconds": time.perf_counter() - entered, **spent, "choices": choices}
+        limit = arguments.limit or items
         if arguments.one == "native":
-            found["tokens"] = vars(model.work)
-        return found
+            found = [runner.run_task(model, task, limit) for task in prepared]
+        else:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+
+            folders = [str(Path(scratch) / "tasks" / task.benchmark.name) for task in prepared]
+            leaves = [leaf for task in prepared for leaf in task.leaves]
+            manager = TaskManager(include_path=folders, include_defaults=False)
+            found = [lm_eval.simple_evaluate(model=model, tasks=leaves, task_manager=manager, limit=limit)]
+        seconds = time.perf_counter() - entered
+        choices = {
+            f"{leaf} {sample['doc_hash']} {sample['filter']} {sample['doc_id']}": chosen(sample)
+            for results in found
+            for leaf, samples in (results or {})["samples"].items()
+            for sample in samples
+        }
+        tokens = {"tokens": vars(model.work)} if arguments.one == "native" else {}
+        return {"seconds": seconds, **spent, **tokens, "choices": choices}
 
 
 # -- All of them -----------------------------------------------------------------------------------------------------------

@@ -232,18 +232,31 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     return json.loads(path.read_text())
 
 
-def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
-    """lm-eval's results of one prepared benchmark; None in a process that is not the first of its launcher."""
-    import lm_eval
+# The seeds that lm-eval's command line uses.
+SEED, FEWSHOT_SEED = 0, 1234
 
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(task.leaves),
-        task_manager=task.manager,
-        limit=limit,
-        bootstrap_iters=1000,
-        log_samples=True,
-    )
+
+def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
+    """lm-eval's results of one prepared benchmark; None in a process that is not the first of its launcher.
+
+    What lm_eval.simple_evaluate does, with its seeds, but for the report on the environment that it takes from pip and the
+    compiler for every call: a second each.
+    """
+    import random
+
+    import lm_eval
+    import numpy as np
+    import torch
+
+    random.seed(SEED)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+    loaded = task.manager.load(list(task.leaves))
+    for leaf in loaded["tasks"].values():
+        if leaf.get_config("num_fewshot") is None:
+            leaf.set_config(key="num_fewshot", value=0)
+        leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
+    results = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
     if results is None:
         return None
     for leaf in task.leaves:

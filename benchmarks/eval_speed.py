@@ -34,10 +34,10 @@ COMMONSENSE = "hellaswag,openbookqa,winogrande,arc_challenge,arc_easy,boolq,piqa
 SUITES = {"commonsense": (COMMONSENSE, 200, 2.0), "mmlu": ("mmlu", 20, 4.0), "bbh": ("bbh", 8, 4.0)}
 SHAPE = {
     "vocab_size": 32000,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 10,
-    "num_attention_heads": 8,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }

@@ -21,7 +21,7 @@ SMALLEST_PASS = 64
 
 @dataclasses.dataclass
 class Work:
-    """What was computed, in tokens. alone: what scoring each request by itself would have read."""
+    """What was computed, in tokens. alone: what every distinct request would have needed by itself."""
 
     computed: int = 0
     tree: int = 0
@@ -97,7 +97,7 @@ def log_likelihoods(
         return []
     forest = Forest([request.read for request in wanted])
     work.tree += forest.size
-    work.alone += sum(len(request.read) for request in wanted)
+    work.alone += sum(len(forest.sequences[index]) for index in forest.order)
     spans = [(len(request.read) - len(request.targets), len(request.read)) for request in wanted]
     places = forest.places(spans)
     place = np.concatenate(places)  # of every scored position, request after request

@@ -7,6 +7,8 @@ taken in groups, a group's queries against the path to it and the group's own ke
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from tinyllama.model.llama import Llama
 
 # A group grows while what its mask wastes stays small beside the path that it would otherwise copy again.
 GROUP_TOKENS, GROUP_SHARE, LOST_PATH = 128, 4, 64
+# A long piece attends in blocks, so that no query meets the many keys after it.
+BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +35,10 @@ class Group:
 
 
 def grouped(pieces: list[Piece]) -> list[list[Piece]]:
-    """Consecutive pieces in groups that attend together."""
+    """Consecutive pieces, the long ones cut into blocks, in groups that attend together."""
     groups: list[list[Piece]] = []
     size = 0
-    for piece in pieces:
+    for piece in itertools.chain.from_iterable(map(_blocks, pieces)):
         base = groups[-1][0].first if groups else 0
         limit = GROUP_TOKENS + base // GROUP_SHARE
         if groups and size + piece.size <= limit and base - piece.first <= LOST_PATH:
@@ -44,6 +48,13 @@ def grouped(pieces: list[Piece]) -> list[list[Piece]]:
             groups.append([piece])
             size = piece.size
     return groups
+
+
+def _blocks(piece: Piece) -> Iterator[Piece]:
+    """The piece itself, or its parts of up to BLOCK tokens."""
+    for first in range(piece.first, piece.last, BLOCK):
+        last = min(first + BLOCK, piece.last)
+        yield Piece(piece.sequence, first, last, piece.offset + first - piece.first)
 
 
 def _mask(pieces: list[Piece]) -> Tensor:
@@ -65,7 +76,7 @@ class TreeCache:
     """One pass's keys and values, in the place of a `KVCache`: the carried path first, then the pass's tokens.
 
     carried: per layer keys and values (K, carried, D), or None. After the forward pass `next_carried` is what the next
-    pass needs, and `path(sequence)` with `keys`, `values` (if `kept`) give the keys and values of a whole sequence.
+    pass needs; with keep, `paths[sequence]` are the rows of `keys` and `values` that make up a sequence.
     """
 
     length = 0  # positions are given, a mask is not: the decoder must not make its own
@@ -77,17 +88,14 @@ class TreeCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.next_carried: list[tuple[Tensor, Tensor]] = []
-        paths = _paths(cut)
-        self.paths = {piece.sequence: path for piece, path in zip(cut.pieces, paths, strict=True)}
+        self.paths = _paths(cut)
         self.groups: list[Group] = []
-        number = 0
         for pieces in grouped(cut.pieces):
-            path = paths[number][: pieces[0].first]
+            path = self.paths[pieces[0].sequence][: pieces[0].first]
             first = pieces[0].offset
             last = pieces[-1].offset + pieces[-1].size
             self.groups.append(Group(first, last, _rows(path, device), _mask(pieces).to(device)))
-            number += len(pieces)
-        following = paths[-1][: cut.next_carried]
+        following = self.paths[cut.pieces[-1].sequence][: cut.next_carried]
         self._next = _rows(following, device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,15 +125,15 @@ class TreeCache:
         """Nothing to count: a pass is one call."""
 
 
-def _paths(cut: Pass) -> list[Ints]:
-    """For each piece the rows of its sequence in the store (carried path, then the pass's tokens), up to its last."""
+def _paths(cut: Pass) -> dict[int, Ints]:
+    """For each piece's sequence its rows in the store (carried path, then the pass's tokens), up to the piece's last."""
     longest = max(piece.last for piece in cut.pieces)
     path = np.zeros(longest, dtype=np.int64)
     path[: cut.carried] = np.arange(cut.carried)
-    found = []
+    found = {}
     for piece in cut.pieces:
         path[piece.first : piece.last] = cut.carried + piece.offset + np.arange(piece.size)
-        found.append(path[: piece.last].copy())
+        found[piece.sequence] = path[: piece.last].copy()
     return found
 
 

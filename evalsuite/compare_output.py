@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT = "tinyllama-comparison-1"
-FORMATS = ("table", "markdown", "csv", "json", "latex")
 WIDE = 116  # columns of a terminal that has room for intervals in the cells
 LEGEND = "* significant, ~ within noise, ? not tested"
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"  # a footnote's number takes little of a narrow column
@@ -308,7 +307,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def text(report: Report, form: str, curve: bool = False) -> str:
-    """The comparison in one of FORMATS but "table"."""
+    """The comparison in one of `tinyllama.sheets.FORMATS` but "table"."""
     if form == "json":
         return json.dumps(record(report), indent=2, ensure_ascii=False) + "\n"
     if form == "csv":

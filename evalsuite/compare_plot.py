@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evalsuite import files
 from evalsuite.scores import PUBLISHED, Model
 from evalsuite.suites import BENCHMARKS, SUITE_TITLES
+from tinyllama.data.durable import write_text
 from tinyllama.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def write(report: Report, path: Path, curve: bool = False) -> None:
         raise MissingExtraError("matplotlib", "report")
     from tinyllama.report import drawing
 
-    files.write_text(path, [drawing.svg(picture(report, curve), "light", notes=True)])
+    write_text(path, [drawing.svg(picture(report, curve), "light", notes=True)])
 
 
 def check_name(path: Path) -> None:

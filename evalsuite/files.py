@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.durable import cannot_write, durable
+from tinyllama.data.durable import write_text
 
 
 def plain(item: Any) -> Any:
@@ -22,16 +22,6 @@ def plain(item: Any) -> Any:
     if isinstance(item, float) and not math.isfinite(item):
         return None
     return item
-
-
-def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file atomically; DataError if it cannot be written. Makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with durable(path) as stream:
-            stream.writelines(lines)
-    except OSError as error:
-        raise cannot_write(error, path.parent) from None
 
 
 def write_json(path: Path, value: Any) -> None:

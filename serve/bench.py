@@ -22,7 +22,7 @@ from serve.engine import Batch, Engine, EngineConfig
 from serve.hardware import NO_LIMITS, Limits, Peak
 from serve.prompts import read_text
 from serve.source import Source
-from tinyllama.data.durable import durable
+from tinyllama.data.durable import write_text
 from tinyllama.errors import ConfigError, UserError
 from tinyllama.model.config import ModelConfig
 
@@ -363,8 +363,6 @@ def write_bench(bench: dict[str, Any], output: Path) -> Path:
     """Write DIR/bench.json and DIR/table.md, each by a rename."""
     from serve.table import markdown
 
-    output.mkdir(parents=True, exist_ok=True)
     for name, text in (("table.md", markdown(bench)), ("bench.json", json.dumps(bench, indent=2) + "\n")):
-        with durable(output / name) as stream:
-            stream.write(text)
+        write_text(output / name, [text])
     return output / "bench.json"

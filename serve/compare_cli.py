@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
-
-WIDTH = 160  # of tables in a file
+if TYPE_CHECKING:
+    from tinyllama.sheets import Comparison
 
 
-def compare_benches(results: list[str], form: str, output: Path | None, fail_if_drop: list[str] | None) -> None:
-    """Compare benches; prints or writes, and exits with 1 if a throughput dropped too far. UserError."""
-    from rich.console import Console
-
+def compare_benches(results: list[str], fail_if_drop: list[str] | None) -> Comparison:
+    """Compare benches. UserError."""
     from serve import compare, compare_output
-    from tinyllama.cli.app import print_error
-    from tinyllama.data.durable import durable
-    from tinyllama.errors import UserError, nearest
+    from tinyllama.sheets import Comparison
 
-    if form not in compare_output.FORMATS:
-        raise UserError(f"--format {form}", fix=nearest(form, list(compare_output.FORMATS)))
     limit = parse_percent(fail_if_drop) if fail_if_drop else None
     report = compare.compare(results)
     failed = compare.drops(report, limit) if limit is not None else []
-    if form == "table":
-        stream = io.StringIO()  # a file has no width of its own
-        console = Console(highlight=False, file=stream, width=WIDTH) if output else Console(highlight=False)
-        compare_output.print_tables(report, console)
-        shown = stream.getvalue()
-    else:
-        shown = compare_output.text(report, form)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with durable(output) as file:
-            file.write(shown)
-    else:
-        print(shown, end="")
-    if failed:
-        parts = [f"{c.bench}, {c.configuration}: {100 * c.change:+.1f}% (p = {c.p_holm:.2g})" for c in failed]
-        print_error(f"throughput dropped: {'; '.join(parts)}")
-        raise typer.Exit(1)
+    parts = [f"{c.bench}, {c.configuration}: {100 * c.change:+.1f}% (p = {c.p_holm:.2g})" for c in failed]
+    return Comparison(
+        lambda console: compare_output.print_tables(report, console),
+        lambda form: compare_output.text(report, form),
+        f"throughput dropped: {'; '.join(parts)}" if failed else None,
+    )
 
 
 def parse_percent(limits: list[str]) -> float:

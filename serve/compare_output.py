@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT = "tinyllama-bench-comparison-1"
-FORMATS = ("table", "markdown", "csv", "json", "latex")
 METHOD = "Welch's t"
 
 
@@ -128,7 +127,7 @@ def as_csv(report: Report) -> str:
 
 
 def text(report: Report, form: str) -> str:
-    """The comparison in one of FORMATS but "table"."""
+    """The comparison in one of `tinyllama.sheets.FORMATS` but "table"."""
     if form == "json":
         return json.dumps(record(report), indent=2, ensure_ascii=False) + "\n"
     if form == "csv":

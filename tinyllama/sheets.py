@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+FORMATS = ("table", "markdown", "csv", "json", "latex")
+WIDTH = 160  # of tables in a file
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
 LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
 LATEX |= {"±": r"$\pm$", "≤": r"$\le$", "−": "--", "–": "--"}
@@ -21,6 +24,39 @@ class Sheet(NamedTuple):
     rows: list[list[str]]
     notes: list[str]
     text_columns: int = 1
+
+
+class Comparison(NamedTuple):
+    """What a comparison has to show, whatever was compared.
+
+    print_tables: on a console. text: in one of FORMATS but "table". failure: the line for what dropped too far, if anything
+    did.
+    """
+
+    print_tables: Callable[[Console], None]
+    text: Callable[[str], str]
+    failure: str | None
+
+    def show(self, form: str, output: Path | None) -> None:
+        """Print it in one of FORMATS, or write it. DataError if it cannot be written."""
+        import io
+
+        from rich.console import Console
+
+        from tinyllama.data.durable import write_text
+
+        if form == "table":
+            stream = io.StringIO()  # a file has no width of its own
+            self.print_tables(
+                Console(highlight=False, file=stream, width=WIDTH) if output else Console(highlight=False)
+            )
+            shown = stream.getvalue()
+        else:
+            shown = self.text(form)
+        if output:
+            write_text(output, [shown])
+        else:
+            print(shown, end="")
 
 
 def print_sheets(sheets: Sequence[Sheet], console: Console) -> None:

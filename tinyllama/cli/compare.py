@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tinyllama.errors import UserError
+from tinyllama.errors import UserError, nearest
 
 
 def compare_command(
@@ -53,14 +53,23 @@ def compare_command(
 
       tinyllama compare bench/released bench/candidate --fail-if-drop 5
     """
-    if kind(results) == "bench":
+    from tinyllama.cli.app import print_error
+    from tinyllama.sheets import FORMATS
+
+    compared = kind(results)
+    if form not in FORMATS:
+        raise UserError(f"--format {form}", fix=nearest(form, list(FORMATS)))
+    if compared == "bench":
         for option, given in (("--curve", curve), ("--plot", plot)):
             if given:
                 raise UserError(f"{option} is about scores", fix="leave it out for benches")
-        importlib.import_module("serve.compare_cli").compare_benches(results, form, output, fail_if_drop)
+        found = importlib.import_module("serve.compare_cli").compare_benches(results, fail_if_drop)
     else:
-        scores = importlib.import_module("evalsuite.compare_cli")
-        scores.compare_command(results, form=form, output=output, curve=curve, plot=plot, fail_if_drop=fail_if_drop)
+        found = importlib.import_module("evalsuite.compare_cli").compare_scores(results, curve, plot, fail_if_drop)
+    found.show(form, output)
+    if found.failure:
+        print_error(found.failure)
+        raise typer.Exit(1)
 
 
 def kind(results: list[str]) -> str:

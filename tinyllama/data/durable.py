@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +39,16 @@ def durable(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_text(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file atomically, piece after piece; makes its folder. DataError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable(path) as stream:
+            stream.writelines(parts)
+    except OSError as error:
+        raise cannot_write(error, path.parent) from None
 
 
 def write_json(path: Path, value: Any) -> None:

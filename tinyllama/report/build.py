@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.durable import cannot_write, durable
+from tinyllama.data.durable import write_text
 from tinyllama.planner.prices import find_device, load_prices
 from tinyllama.report import curves, drawing, evaluation, inputs, metrics, page, pareto, serving, summary
 from tinyllama.report.picture import Section
@@ -146,7 +146,7 @@ def write(report: Report, output: Path) -> list[Path]:
         beside: json.dumps(_finite(report.record()), allow_nan=False) + "\n",
     }
     for path, text in texts.items():
-        _write(path, text)
+        write_text(path, [text])
     return list(texts)
 
 
@@ -157,15 +157,6 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
         for picture in section.pictures:
             for theme in ("light", "dark"):
                 path = folder / f"{picture.key}-{theme}.svg"
-                _write(path, drawing.svg(picture, "light" if theme == "light" else "dark"))
+                write_text(path, [drawing.svg(picture, "light" if theme == "light" else "dark")])
                 written.append(path)
     return written
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with durable(path) as stream:
-            stream.write(text)
-    except OSError as error:
-        raise cannot_write(error, path.parent) from None

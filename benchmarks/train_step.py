@@ -55,19 +55,27 @@ SHAPES = {
 class Row:
     """One way to make the step. stage: DeepSpeed's; None without it. compiled: None, "block", "whole" or "deepcompile".
 
-    recomputed: activations are made again in the backward pass, to save memory.
+    recomputed: activations are made again in the backward pass, to save memory. kept: on a CPU, memory is handled as
+    train/pretrain.py does (train/host_memory.py); None: in our rows.
     """
 
     model: str
     stage: int | None
     compiled: str | None
     recomputed: bool = False
+    kept: bool | None = None
+
+    @property
+    def keeps_memory(self) -> bool:
+        return self.model == "ours" if self.kept is None else self.kept
 
 
 ROWS = {
     "transformers, ZeRO-3": Row("transformers", 3, None),
     "transformers compiled, no DeepSpeed": Row("transformers", None, "whole"),
     "litgpt compiled, no DeepSpeed": Row("litgpt", None, "whole"),
+    "transformers, ZeRO-3, memory kept as ours": Row("transformers", 3, None, kept=True),
+    "transformers compiled, no DeepSpeed, memory kept as ours": Row("transformers", None, "whole", kept=True),
     "ours eager, ZeRO-3": Row("ours", 3, None),
     "ours, plain torch loop": Row("ours", None, "block"),
     "ours, ZeRO-3": Row("ours", 3, "block"),
@@ -213,17 +221,18 @@ class WithDeepSpeed:
 
 def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second and memory of one row. Runs in a process that does nothing else."""
-    from train.distributed import use_huge_pages
-
-    if row.model == "ours":
-        use_huge_pages()  # as train/pretrain.py does
     import torch
 
+    from train import host_memory
+
     cuda = torch.cuda.is_available()
+    if row.keeps_memory and not cuda:
+        host_memory.keep()  # as train/pretrain.py does
     device = torch.device("cuda" if cuda else "cpu")
     if row.stage is not None:
         port = str(20000 + os.getpid() % 20000)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ["LOCAL_SIZE"] = "1"  # as DeepSpeed's launcher; without it, a process is started at each reduction
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     torch.manual_seed(1)
     config, length, micro = SHAPES[arguments.shape], arguments.sequence_length, arguments.micro[0]
@@ -241,7 +250,9 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     scale = 1 / (accumulation * micro * length)
 
     seconds = []
-    for _ in range(arguments.repeats + 1):
+    for index in range(arguments.repeats + 1):
+        if index < 2:
+            host_memory.trim()
         began = time.perf_counter()
         made.step(batches, scale)
         if cuda:

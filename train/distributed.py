@@ -18,13 +18,6 @@ from typing import Any
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def use_huge_pages() -> None:
-    """Let torch's large buffers in host memory come in pages of 2 MiB: a fifth of a step on a CPU is page faults
-    otherwise. Read by torch at its first allocation.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def extensions_folder() -> Path:
     """Where this environment, on this host, keeps compiled operators; two of them in one place would rebuild in turn."""
     import torch

@@ -33,10 +33,10 @@ sys.path[:] = [str(_HERE.parent)] + [p for p in sys.path if Path(p or ".").resol
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
+from train import host_memory, start  # noqa: E402
 from train import plan as planning  # noqa: E402
-from train import start  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
-from train.distributed import init_distributed, use_huge_pages  # noqa: E402
+from train.distributed import init_distributed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
 from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
 from train.injection import parse as parse_injection  # noqa: E402
@@ -119,11 +119,11 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     deepspeed_config, monitor_sections = take_monitors(deepspeed_config, output)
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
-    use_huge_pages()
     import torch
     import torch.distributed as dist
 
     if not torch.cuda.is_available():
+        host_memory.keep()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
@@ -341,7 +341,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     # -- The loop ---------------------------------------------------------------------------------------------------
     engine.train()
-    logged_at, logged_step = time.perf_counter(), state["step"]
+    host_memory.trim()
+    logged_at, logged_step, first_step = time.perf_counter(), state["step"], state["step"]
     while (step := state["step"]) < total_steps:
         beat.step = step
         batch = step + state["data_offset"]
@@ -369,6 +370,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
                 engine.backward(summed * (weight + guard.veto(loss, step, batch)))
             beat("step")
             engine.step()  # acts on the last micro-step only
+        if step == first_step:
+            host_memory.trim()  # the optimizer's moments now lie where they stay
         action = guard.judge(engine.was_step_applied())
         if action == "rewind":
             rewind(batch)

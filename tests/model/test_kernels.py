@@ -130,6 +130,21 @@ def test_the_loss_does_not_depend_on_its_chunks(chunk_tokens):
         torch.testing.assert_close(ops.chunked_loss(hidden, weight, targets, chunk_tokens=chunk_tokens), expected[0])
 
 
+def test_blocked_attention_keeps_the_probabilities_of_half_the_square_in_the_dtype_of_its_inputs():
+    inputs = [torch.randn(1, heads, 512, 32).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ops.blocked_attention(*inputs)
+    probabilities = 4 * 512 * 512 * 5 // 8 * 2  # blocks of 128, 256, 384 and 512 keys
+    of_inputs_and_output = 2 * (4 + 2 + 2 + 4) * 512 * 32
+    assert probabilities <= sum(kept.values()) <= probabilities + of_inputs_and_output
+
+
 def test_compiled_blocks_give_the_loss_and_gradients_of_plain_torch():
     config = ModelConfig(
         vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,

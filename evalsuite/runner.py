@@ -159,16 +159,17 @@ def _read_old(path: Path) -> dict[str, Any]:
     return old if old.get("format") == FORMAT else {}
 
 
+def _what_decides(results: dict[str, Any]) -> list[Any]:
+    """What two files have in common if one may take scores from the other: the model and how it is computed."""
+    settings = {k: v for k, v in results.get("settings", {}).items() if k != "copies"}
+    return [settings, *(results.get(k) for k in ("content_sha256", "backend", "protocol", "versions"))]
+
+
 def _kept(before: dict[str, Any], found: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """Finished benchmarks of the file before this one that still hold: those asked for now by their keys, others where the
-    model and all settings are the same. Clean scores are made anew.
+    """Finished benchmarks of the file before this one that still hold: those asked for now by their keys, others where all
+    that decides is the same. Clean scores are made anew.
     """
-
-    def what_decides(results: dict[str, Any]) -> list[Any]:
-        settings = {k: v for k, v in results.get("settings", {}).items() if k != "copies"}
-        return [settings, *(results.get(k) for k in ("content_sha256", "backend", "protocol", "versions"))]
-
-    same = what_decides(before) == what_decides(found)
+    same = _what_decides(before) == _what_decides(found)
     kept = {
         name: {k: v for k, v in entry.items() if k != "clean"}
         for name, entry in before.get("tasks", {}).items()
@@ -294,12 +295,10 @@ def _proven_model(request: Request, found: dict[str, Any], before: dict[str, Any
     from evalsuite import parity
 
     choice = request.choice
-    same = before.get("content_sha256") == found["content_sha256"] and before.get("settings") == found["settings"]
+    proven = (before.get("parity") or {}).get("compared") and _what_decides(before) == _what_decides(found)
     if not request.parity_check:
         found["parity"] = {"compared": False, "reason": "--no-parity-check"}
-    elif (
-        request.resume and same and before.get("backend") == choice.backend and before.get("parity", {}).get("compared")
-    ):
+    elif request.resume and proven:
         found["parity"] = before["parity"]
     else:
         found["parity"] = parity.not_compared(choice, found["content_sha256"])

@@ -25,15 +25,6 @@ KEPT = ("metric", "metric_key", "value", "stderr", "ci95", "n", "data_sha256", "
 SAME = ("input_tokens", "output_tokens", "eager", "temperature", "prompts_file", "max_model_len")
 
 
-def content_of(source: Source) -> str:
-    """The hash that an evaluation of this model records."""
-    from tinyllama.export import content_sha256
-
-    if not Path(source.location).is_dir():
-        return f"hub:{source.location}"
-    return content_sha256(source.location)
-
-
 def scores(results: str, source: Source) -> dict[str, Any]:
     """The part `scores` of bench.json: suites and tasks of a results.json (or its directory). UserError unless it is an
     evaluation of this very model.
@@ -48,7 +39,7 @@ def scores(results: str, source: Source) -> dict[str, Any]:
         raise UserError(f"--scores {file} is not JSON ({error})", fix="evaluate again") from None
     if not isinstance(found, dict) or found.get("format") != RESULTS_FORMAT:
         raise UserError(f"--scores {file} is no evaluation", fix="give what tinyllama eval wrote")
-    content = content_of(source)
+    content = source.content()
     if found["content_sha256"] != content:
         raise ConfigError(
             f"--scores {file} is of another model: {found['model']}, {found['content_sha256'][:12]}; "

@@ -84,7 +84,7 @@ class _Run:
         for config in (self.config, self.online_config):
             if config and config.kv_cache_bytes:
                 shown.note(f"KV cache: {config.kv_cache_bytes / 2**20:,.0f} MiB")
-        self.model_sha256 = model_sha256(job.source)
+        self.model_sha256 = job.source.record.get("content_sha256") or job.source.content()
         used = self.config or self.online_config
         assert used is not None
         self.resolved = engine.resolved_settings(used)
@@ -176,17 +176,6 @@ def unfinished(bench: dict[str, Any]) -> bool:
         return False
     search = online["settings"].get("find_max_rate") and online["max_rate_under_slo"] is None
     return bool(search) or any(point["status"] != "done" for point in online["points"])
-
-
-def model_sha256(source: Source) -> str:
-    """The hash of a model's content; for a model of the hub its id, whose content nobody has here before it is loaded."""
-    if source.record.get("content_sha256"):
-        return source.record["content_sha256"]
-    if not Path(source.location).is_dir():
-        return f"hub:{source.location}"
-    from tinyllama.export import content_sha256
-
-    return content_sha256(source.location)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,16 @@ class Source:
         except (UserError, KeyError):
             return None
 
+    def content(self) -> str:
+        """The hash of what lies there now, as an evaluation records it; of a model of the hub its id, whose content nobody
+        has here before it is loaded.
+        """
+        from tinyllama.export import content_sha256
+
+        if not Path(self.location).is_dir():
+            return f"hub:{self.location}"
+        return content_sha256(self.location)
+
     def describe(self) -> dict[str, Any]:
         """The part of bench.json that says which model was measured."""
         shape = self.shape

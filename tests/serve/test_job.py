@@ -103,16 +103,14 @@ def test_the_curve_is_over_repeats_that_are_finished():
 
 
 def test_a_model_is_known_by_its_content(tmp_path: Path):
-    from serve.job import model_sha256
     from serve.source import Source
 
     (tmp_path / "model.safetensors").write_bytes(b"1")
     source = Source(str(tmp_path), "m", {}, {})
-    before = model_sha256(source)
+    before = source.content()
     (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert model_sha256(source) != before
-    assert model_sha256(Source("org/name", "name", {}, {})) == "hub:org/name"
-    assert model_sha256(Source(str(tmp_path), "m", {}, {"content_sha256": "c"})) == "c"
+    assert source.content() != before
+    assert Source("org/name", "name", {}, {}).content() == "hub:org/name"
 
 
 def test_the_commands_of_the_docs_have_options_that_exist():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import string
 from pathlib import Path
+
+import byte_bpe
 
 VOCAB_SIZE, CONTEXT = 384, 256
 # head_dim 64: vLLM's attention on CPU does not take every size.
@@ -14,20 +15,9 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 def build(directory: Path, dtype: str = "bfloat16") -> Path:
     """Write it: random weights, byte-level BPE trained here."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([Path(string.__file__).read_text()], trainer)
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(directory)
+    byte_bpe.save(directory, VOCAB_SIZE)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": CONTEXT}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -56,7 +56,7 @@ class Row:
     """One way to make the step. stage: DeepSpeed's; None without it. compiled: None, "block", "whole" or "deepcompile".
 
     recomputed: activations are made again in the backward pass, to save memory. kept: on a CPU, memory is handled as
-    train/pretrain.py does (train/host_memory.py); None: in our rows.
+    train/pretrain.py does (tinyllama/host_memory.py); None: in our rows.
     """
 
     model: str
@@ -223,7 +223,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second and memory of one row. Runs in a process that does nothing else."""
     import torch
 
-    from train import host_memory
+    from tinyllama import host_memory
 
     cuda = torch.cuda.is_available()
     if row.keeps_memory and not cuda:

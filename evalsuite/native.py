@@ -20,7 +20,7 @@ from evalsuite.counting import CountingHFLM
 from evalsuite.engines import Copies, Engine, Local
 from evalsuite.generation import Prompt, greedy_or_drawn, seed_of
 from evalsuite.scoring import Budget, Continuation, Work
-from tinyllama import checkpoint
+from tinyllama import checkpoint, host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, load_model
@@ -101,6 +101,8 @@ class NativeLM(CountingHFLM):
             llama, _ = checkpoint.load_model(choice.path, choice.dtype)
         else:
             llama = load_model(choice.path, choice.dtype)
+        if device == "cpu":
+            host_memory.keep()
         model = cls._around(_Body(llama.config, llama.to(device)), choice)
         budget = budget_of(llama, free_bytes(device) // (1 if device == "cuda" else copies))
         if choice.batch_size is not None:

@@ -30,10 +30,11 @@ _HERE = Path(__file__).resolve().parent
 # The launcher puts this file's folder first on the path, where our module names would hide installed packages.
 sys.path[:] = [str(_HERE.parent)] + [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
 
+from tinyllama import host_memory  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
-from train import host_memory, start  # noqa: E402
+from train import start  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402

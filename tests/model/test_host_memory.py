@@ -3,7 +3,7 @@ import sys
 
 PROGRAM = """
 import resource, sys, torch
-from train import host_memory
+from tinyllama import host_memory
 
 if sys.argv[1] == "keep":
     host_memory.keep()

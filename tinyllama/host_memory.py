@@ -1,7 +1,7 @@
-"""Memory of a rank that computes on a CPU: kept between micro-steps, not given to the kernel and asked for again.
+"""Memory of a process that computes on a CPU: kept from one pass to the next, not given to the kernel and asked for again.
 
 The C library returns every large buffer that torch frees to the kernel, which fills the next one with zeros, page by page.
-A micro-step frees and takes back a gigabyte: a quarter of the time of a step, measured (docs/training.md).
+A training step frees and takes back gigabytes: without that it takes three quarters of the time (docs/training.md).
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ ROWS = {
     "ours eager, ZeRO-3": Row("ours", 3, None),
     "ours, plain torch loop": Row("ours", None, "block"),
     "ours, ZeRO-3": Row("ours", 3, "block"),
+    "ours, ZeRO-3, memory given back": Row("ours", 3, "block", kept=False),
     "ours compiled whole, ZeRO-3": Row("ours", 3, "whole"),
 }
 GPU_ROWS = {
@@ -252,7 +253,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for index in range(arguments.repeats + 1):
         if index < 2:
-            host_memory.trim()
+            host_memory.trim()  # before and after the first step, as train/pretrain.py does
         began = time.perf_counter()
         made.step(batches, scale)
         if cuda:
@@ -303,10 +304,16 @@ def in_own_process(*arguments: str) -> dict[str, Any]:
 
 
 def merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
-    """A row's figures over its rounds: the median step, the first step of the first process, the highest peak."""
+    """A row's figures over its rounds: the median step, the first step of the first process, the highest peak. A round that
+    failed beside others that did not is counted.
+    """
+    good = before is not None and "step_s" in before
+    failed_rounds = (before or {}).get("failed_rounds", 0) + ("failed" in found)
     if "failed" in found:
-        return found
-    if before and "failed" not in before:
+        return {**(before if good and before else found), "failed_rounds": failed_rounds}
+    if failed_rounds:
+        found["failed_rounds"] = failed_rounds
+    if before and good:
         found["step_s"] = before["step_s"] + found["step_s"]
         found["first_step_s"] = before["first_step_s"]
         found["peak_gib"] = max(before["peak_gib"], found["peak_gib"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evalsuite.forest import Forest, Pass, Passes
 from evalsuite.tree_attention import TreeCache, run_pass
+from tinyllama import host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 
@@ -45,6 +46,7 @@ class Budget:
         self.tokens, self.rows = self.tokens // 2, max(1, self.rows // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        host_memory.trim()
 
 
 def is_out_of_memory(error: Exception) -> bool:

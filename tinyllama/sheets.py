@@ -1,4 +1,4 @@
-"""Tables in the forms that commands offer: on the terminal, Markdown and LaTeX. Imports nothing heavy."""
+"""Tables in the forms that commands offer, on the terminal or in a file. Imports nothing heavy."""
 
 from __future__ import annotations
 

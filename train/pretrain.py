@@ -15,6 +15,7 @@ Exit codes, for a supervisor:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -34,8 +35,8 @@ from tinyllama import host_memory  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
-from train import start  # noqa: E402
 from train import plan as planning  # noqa: E402
+from train import start  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
@@ -126,6 +127,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     if not torch.cuda.is_available():
         host_memory.keep()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_SIZE", str(ranks_per_node))  # else DeepSpeed asks numactl at each reduction
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
     import deepspeed
@@ -335,6 +337,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             raise UnhealthyRunError(f"step {old['step']}: rewound to it too often, health.max_interventions")
         saved.load_weights(engine, directory)
         saved.load_optimizer(engine, directory, state["optimizer_steps"])
+        host_memory.trim()
         guard = LossGuard(recipe.health, device, state["loss_window"], spikes)
         if metrics:
             metrics.close()
@@ -423,6 +426,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
                     f"step {step + 1}: validation {escape(name)}: loss {result['loss']:.4f}, "
                     f"{result['bits_per_byte']:.4f} bits per byte"
                 )
+            host_memory.trim()
             logged_at = time.perf_counter()
 
         # -- Evaluate ---------------------------------------------------------------------------------------------
@@ -435,6 +439,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
                 console.print(
                     f"step {step + 1}: {escape(name)}: {score['metric']} {score['value']:.4f} on {score['n']} items"
                 )
+            host_memory.trim()
             logged_at = time.perf_counter()
 
         # -- Stop, save: what one rank has met, all act on ----------------------------------------------------------
@@ -466,21 +471,27 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """One red line, if anybody can hear it: the log may lie on the disk that is full."""
+    with contextlib.suppress(OSError):
+        print_error(text)
+
+
 def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     """Run, and turn what can go wrong into an exit code and one red line from one rank."""
     try:
         return run(arguments, beat)
     except (UserError, UnhealthyRunError) as error:
         if beat.speaks():
-            print_error(str(error))
+            say(str(error))
         return 2 if isinstance(error, UserError) else UNHEALTHY
     except SaveError as error:
         if error.here:
-            print_error(str(error))
+            say(str(error))
         return SAVE_FAILED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print_error(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
+            say(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
             return SAVE_FAILED
         traceback.print_exc()
         return 1
@@ -490,8 +501,9 @@ if __name__ == "__main__":
     given = parse_arguments()
     heartbeat = Heartbeat(Path(given.output), int(os.environ.get("RANK", 0)))
     code = main(given, heartbeat)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     heartbeat.end(code)
     # Gloo's threads can abort a process that ends in order after its peers; everything is on disk by now.
     os._exit(code)

@@ -57,9 +57,11 @@ def test_the_results_say_it(llama, tmp_path):
     assert "checked against transformers: " in done.stdout
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["parity"]["compared"]
-    # As after a kill before the comparison.
-    (tmp_path / "results.json").write_text(json.dumps({**found, "tasks": {}, "parity": None}))
-    assert "checked against transformers: " in tinyllama(*arguments).stdout
+    # A file without the comparison, and one whose comparison was made by another version: both are compared anew.
+    other = {**found["versions"], "torch": "1.0"}
+    for changed in ({"parity": None}, {"versions": other}):
+        (tmp_path / "results.json").write_text(json.dumps({**found, "tasks": {}, **changed}))
+        assert "checked against transformers: " in tinyllama(*arguments).stdout
     again = tinyllama(*arguments, "--no-parity-check")
     assert "kept" in again.stderr
     assert json.loads((tmp_path / "results.json").read_text())["parity"] == found["parity"]

@@ -130,7 +130,9 @@ def test_the_loss_does_not_depend_on_its_chunks(chunk_tokens):
         torch.testing.assert_close(ops.chunked_loss(hidden, weight, targets, chunk_tokens=chunk_tokens), expected[0])
 
 
-def test_blocked_attention_keeps_the_probabilities_of_half_the_square_in_the_dtype_of_its_inputs():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_blocked_attention_keeps_the_probabilities_of_half_the_square_in_the_dtype_of_its_inputs(compiled):
+    attention = torch.compile(ops.blocked_attention, dynamic=False) if compiled else ops.blocked_attention
     inputs = [torch.randn(1, heads, 512, 32).bfloat16().requires_grad_() for heads in (4, 2, 2)]
     kept: dict[int, int] = {}
 
@@ -139,7 +141,7 @@ def test_blocked_attention_keeps_the_probabilities_of_half_the_square_in_the_dty
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ops.blocked_attention(*inputs)
+        attention(*inputs)
     probabilities = 4 * 512 * 512 * 5 // 8 * 2  # blocks of 128, 256, 384 and 512 keys
     of_inputs_and_output = 2 * (4 + 2 + 2 + 4) * 512 * 32
     assert probabilities <= sum(kept.values()) <= probabilities + of_inputs_and_output

@@ -26,3 +26,10 @@ def test_a_disturbed_run_ends_as_the_undisturbed_one(stores, tmp_path):
     assert found["comparison"]["checkpoints_compared"] >= 10
     assert found["comparison"]["checkpoints_differing"] == []
     assert found["comparison"]["losses_equal"]
+
+
+def test_the_exit_code_says_what_happened_where_the_log_cannot_be_written(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "train" / "pretrain.py", "--deepspeed", tmp_path / "none.json"]
+        done = subprocess.run(command, stdout=full, stderr=full, check=False)
+    assert done.returncode == 2

@@ -54,7 +54,7 @@ def compare_command(
       tinyllama compare bench/released bench/candidate --fail-if-drop 5
     """
     from tinyllama.cli.app import print_error
-    from tinyllama.sheets import FORMATS
+    from tinyllama.sheets import FORMATS, Comparison
 
     compared = kind(results)
     if form not in FORMATS:
@@ -63,7 +63,7 @@ def compare_command(
         for option, given in (("--curve", curve), ("--plot", plot)):
             if given:
                 raise UserError(f"{option} is about scores", fix="leave it out for benches")
-        found = importlib.import_module("serve.compare_cli").compare_benches(results, fail_if_drop)
+        found: Comparison = importlib.import_module("serve.compare_cli").compare_benches(results, fail_if_drop)
     else:
         found = importlib.import_module("evalsuite.compare_cli").compare_scores(results, curve, plot, fail_if_drop)
     found.show(form, output)

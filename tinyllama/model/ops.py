@@ -49,69 +49,76 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
-class BlockedAttention(torch.autograd.Function):
-    """Attention by blocks of queries, and its gradient from the probabilities alone, which are kept in q's dtype.
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Start and end of each block of queries."""
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
-    q (B, K, G, T, D), k and v (B*K, T, D) to (B, K, G, T, D).
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    """Positions start to end of x (B, K, G, T, W) as the rows of a product for each key head: (B*K, G*block, W)."""
+    return x[:, :, :, start:end].flatten(2, 3).flatten(0, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, start: int, end: int) -> Tensor:
+    """Of queries start to end, on the keys up to their end, in the inputs' dtype: (B*K, G*block, end)."""
+    scores = torch.bmm(_rows(q, start, end), k[:, :end].transpose(1, 2)).unflatten(1, (q.shape[2], -1))
+    allowed = torch.arange(start, end, device=q.device)[:, None] >= torch.arange(end, device=q.device)
+    scores = (scores.float() / math.sqrt(q.shape[-1])).masked_fill(~allowed, -math.inf)  # (B*K, G, block, end)
+    return torch.softmax(scores, -1).to(q.dtype).flatten(1, 2)
+
+
+def _joined(blocks: list[Tensor], like: Tensor) -> Tensor:
+    """The rows of all blocks as `like`: (B, K, G, T, W)."""
+    return torch.cat([block.view(*like.shape[:3], -1, like.shape[-1]) for block in blocks], 3)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """Attention by blocks of queries; its gradient from the probabilities, kept in the inputs' dtype, not from scores.
+
+    q (B, K, G, T, D), k and v (B*K, T, D) to (B, K, G, T, D). Has a first derivative alone.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        groups, length, width = q.shape[2:]
-        outputs, kept = [], []
-        for start in range(0, length, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, length)
-            rows = q[:, :, :, start:end].reshape(k.shape[0], groups * (end - start), width)
-            scores = torch.bmm(rows, k[:, :end].transpose(1, 2)).unflatten(1, (groups, -1))  # (B*K, G, block, end)
-            query = torch.arange(start, end, device=q.device)
-            allowed = query[:, None] >= torch.arange(end, device=q.device)
-            scores = (scores.float() / math.sqrt(width)).masked_fill(~allowed, -math.inf)
-            weights = torch.softmax(scores, -1).to(v.dtype).flatten(1, 2)  # (B*K, G*block, end)
-            kept.append(weights)
-            outputs.append(torch.bmm(weights, v[:, :end]).view(*q.shape[:3], end - start, width))
-        output = torch.cat(outputs, 3)
+        kept = [_probabilities(q, k, start, end) for start, end in _blocks(q.shape[3])]
+        output = _joined([torch.bmm(weights, v[:, : weights.shape[2]]) for weights in kept], q)
         ctx.save_for_backward(q, k, v, output, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         q, k, v, output, *kept = ctx.saved_tensors
-        groups, length, width = q.shape[2:]
-        # What the softmax takes off each row: the mean of its gradients, by Dao et al. (2022), equation 4.
+        # What the softmax takes off each row: the mean of its gradients (Dao et al., 2022, section B.2).
         mean = (grad.float() * output.float()).sum(-1, keepdim=True)  # (B, K, G, T, 1)
-        grad_q: list[Tensor] = []
-        grad_k: Tensor | None = None
-        grad_v: Tensor | None = None
-        for index, weights in enumerate(kept):
-            start = index * QUERY_BLOCK
-            end = min(start + QUERY_BLOCK, length)
-            block = (k.shape[0], groups * (end - start), -1)
-            rows, grad_rows = (x[:, :, :, start:end].reshape(block) for x in (q, grad))
+        grad_q = []
+        grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for (start, end), weights in zip(_blocks(q.shape[3]), kept, strict=True):
+            rows, grad_rows = _rows(q, start, end), _rows(grad, start, end)
             grad_weights = torch.bmm(grad_rows, v[:, :end].transpose(1, 2))  # (B*K, G*block, end)
-            offset = mean[:, :, :, start:end].reshape(block)
-            grad_scores = weights.float() * (grad_weights.float() - offset) / math.sqrt(width)
+            grad_scores = weights.float() * (grad_weights.float() - _rows(mean, start, end)) / math.sqrt(q.shape[-1])
             grad_scores = grad_scores.to(q.dtype)
-            grad_q.append(torch.bmm(grad_scores, k[:, :end]).view(*q.shape[:3], end - start, width))
+            grad_q.append(torch.bmm(grad_scores, k[:, :end]))
             # Summed over the blocks in fp32; a block has nothing to say of the keys after its end.
-            of_k = F.pad(torch.bmm(grad_scores.transpose(1, 2), rows).float(), (0, 0, 0, length - end))
-            of_v = F.pad(torch.bmm(weights.transpose(1, 2), grad_rows).float(), (0, 0, 0, length - end))
-            grad_k = of_k if grad_k is None else grad_k + of_k
-            grad_v = of_v if grad_v is None else grad_v + of_v
-        assert grad_k is not None
-        assert grad_v is not None
-        return torch.cat(grad_q, 3), grad_k.to(k.dtype), grad_v.to(v.dtype)
+            after = (0, 0, 0, k.shape[1] - end)
+            grad_k = grad_k + F.pad(torch.bmm(grad_scores.transpose(1, 2), rows).float(), after)
+            grad_v = grad_v + F.pad(torch.bmm(weights.transpose(1, 2), grad_rows).float(), after)
+        return _joined(grad_q, q), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal grouped-query attention as matrix products and a softmax, for a compiler on a CPU.
 
     A block of queries meets only the keys up to its own end, which leaves out nearly half of the work; the heads of a
-    group are rows of one product. q (B, H, T, D), k and v (B, K, T, D) to (B, T, H * D). Keeps the probabilities of
-    half the (T, T) square for the backward pass, in q's dtype.
+    group are rows of one product. q (B, H, T, D), k and v (B, K, T, D) to (B, T, H * D). For the backward pass it keeps
+    the probabilities of half the (T, T) square in the inputs' dtype.
     """
     batch, heads, length, width = q.shape
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, D)
-    output = BlockedAttention.apply(q, k.flatten(0, 1), v.flatten(0, 1))
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*K, T, D)
+    if torch.is_grad_enabled():
+        output = BlockedAttention.apply(q, k, v)
+    else:
+        output = _joined([torch.bmm(_probabilities(q, k, *block), v[:, : block[1]]) for block in _blocks(length)], q)
     return output.permute(0, 3, 1, 2, 4).reshape(batch, length, heads * width)
 
 
@@ -135,7 +142,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     Logits of one chunk of positions exist at a time. Their gradient is the softmax less one at the target, so it is
     multiplied into the gradients of hidden states and weight at once; the backward pass only scales these. The weight's
-    is summed over the chunks in fp32.
+    is summed over the chunks in fp32. Has a first derivative alone.
     """
 
     @staticmethod

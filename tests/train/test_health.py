@@ -98,7 +98,7 @@ def test_a_skipped_spike_leaves_weights_and_moments_and_the_resumed_run_decides_
     assert (part / "spikes.jsonl").read_text() == (run / "spikes.jsonl").read_text()
 
 
-@pytest.mark.parametrize("stage", [3, 1])
+@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rewind_leaves_out_the_batches_since_the_checkpoint_and_a_resume_ends_the_same(stores, tmp_path, stage):
     run = tmp_path / "run"
     more = ("training.tokens=9216", "checkpoint.every_steps=3", "health.spike_window=6", "health.on_spike=rewind")

@@ -205,7 +205,7 @@ def test_another_number_of_ranks_continues_the_same_run(finished_run, stores, tm
     assert losses(run)[:3] == losses(finished_run)[:3]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2])  # one class in DeepSpeed
 def test_every_stage_resumes_itself_bit_for_bit_and_goes_on_with_stage_3s_checkpoint(
     finished_run, stores, tmp_path, stage
 ):

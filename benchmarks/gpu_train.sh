@@ -33,7 +33,7 @@ run)
     "$python" -m venv --system-site-packages "$home/env"
     # A virtual environment of a virtual environment does not see the latter's packages by itself.
     "$python" -c 'import site; print("\n".join(site.getsitepackages()))' >"$(echo "$home"/env/lib/python3*/site-packages)/torch.pth"
-    "$home/env/bin/python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" "$wheels"/*.whl
+    "$home/env/bin/python" -m pip install --quiet --no-index --no-deps "$wheels"/*.whl
     # Rows that do not fit the memory say so and the others go on.
     PYTHONPATH=$PWD "$home/env/bin/python" benchmarks/train_step.py --shape "${SHAPE:-1.1b}" --sequence-length "${LENGTH:-2048}" \
         --micro "${MICRO:-4,8,16,32}" --step-tokens "${STEP_TOKENS:-131072}" --rounds 1 --repeats 5 --rows gpu \

@@ -55,19 +55,15 @@ SHAPES = {
 class Row:
     """One way to make the step. stage: DeepSpeed's; None without it. compiled: None, "block", "whole" or "deepcompile".
 
-    recomputed: activations are made again in the backward pass, to save memory. kept: on a CPU, memory is handled as
-    train/pretrain.py does (tinyllama/host_memory.py); None: in our rows.
+    recomputed: activations are made again in the backward pass, to save memory. kept: freed memory is, on a CPU, as
+    train/pretrain.py does (tinyllama/host_memory.py).
     """
 
     model: str
     stage: int | None
     compiled: str | None
     recomputed: bool = False
-    kept: bool | None = None
-
-    @property
-    def keeps_memory(self) -> bool:
-        return self.model == "ours" if self.kept is None else self.kept
+    kept: bool = False
 
 
 ROWS = {
@@ -76,18 +72,18 @@ ROWS = {
     "litgpt compiled, no DeepSpeed": Row("litgpt", None, "whole"),
     "transformers, ZeRO-3, memory kept as ours": Row("transformers", 3, None, kept=True),
     "transformers compiled, no DeepSpeed, memory kept as ours": Row("transformers", None, "whole", kept=True),
-    "ours eager, ZeRO-3": Row("ours", 3, None),
-    "ours, plain torch loop": Row("ours", None, "block"),
-    "ours, ZeRO-3": Row("ours", 3, "block"),
-    "ours, ZeRO-3, memory given back": Row("ours", 3, "block", kept=False),
-    "ours compiled whole, ZeRO-3": Row("ours", 3, "whole"),
+    "ours eager, ZeRO-3": Row("ours", 3, None, kept=True),
+    "ours, plain torch loop": Row("ours", None, "block", kept=True),
+    "ours, ZeRO-3": Row("ours", 3, "block", kept=True),
+    "ours, ZeRO-3, memory given back": Row("ours", 3, "block"),
+    "ours compiled whole, ZeRO-3": Row("ours", 3, "whole", kept=True),
 }
 GPU_ROWS = {
-    f"ours {name}, {'no DeepSpeed' if stage is None else f'ZeRO-{stage}'}": Row("ours", stage, compiled)
+    f"ours {name}, {'no DeepSpeed' if stage is None else f'ZeRO-{stage}'}": Row("ours", stage, compiled, kept=True)
     for name, compiled in (("eager", None), ("by blocks", "block"), ("whole", "whole"), ("DeepCompile", "deepcompile"))
     for stage in (None, 1, 3)
     if not (compiled == "deepcompile" and stage is None)
-} | {"ours by blocks, recomputed, ZeRO-1": Row("ours", 1, "block", recomputed=True)}
+} | {"ours by blocks, recomputed, ZeRO-1": Row("ours", 1, "block", recomputed=True, kept=True)}
 EVERY_ROW = ROWS | GPU_ROWS
 
 
@@ -227,7 +223,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     from tinyllama import host_memory
 
     cuda = torch.cuda.is_available()
-    if row.keeps_memory and not cuda:
+    if row.kept and not cuda:
         host_memory.keep()  # as train/pretrain.py does
     device = torch.device("cuda" if cuda else "cpu")
     if row.stage is not None:
@@ -307,16 +303,16 @@ def merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, An
     """A row's figures over its rounds: the median step, the first step of the first process, the highest peak. A round that
     failed beside others that did not is counted.
     """
-    good = before is not None and "step_s" in before
+    good = before if before and "step_s" in before else None
     failed_rounds = (before or {}).get("failed_rounds", 0) + ("failed" in found)
     if "failed" in found:
-        return {**(before if good and before else found), "failed_rounds": failed_rounds}
+        return {**(good or found), "failed_rounds": failed_rounds}
     if failed_rounds:
         found["failed_rounds"] = failed_rounds
-    if before and good:
-        found["step_s"] = before["step_s"] + found["step_s"]
-        found["first_step_s"] = before["first_step_s"]
-        found["peak_gib"] = max(before["peak_gib"], found["peak_gib"])
+    if good:
+        found["step_s"] = good["step_s"] + found["step_s"]
+        found["first_step_s"] = good["first_step_s"]
+        found["peak_gib"] = max(good["peak_gib"], found["peak_gib"])
     found["tokens_per_s"] = found["step_tokens"] / statistics.median(found["step_s"])
     return found
 

@@ -151,8 +151,9 @@ def _show(found: dict[str, Any], target: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from evalsuite import parity, table
+    from tinyllama.data.durable import write_text
 
-    (target / "table.md").write_text(table.markdown(found))
+    write_text(target / "table.md", [table.markdown(found)])
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -471,27 +471,21 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     return 0
 
 
-def say(text: str) -> None:
-    """One red line, if anybody can hear it: the log may lie on the disk that is full."""
-    with contextlib.suppress(OSError):
-        print_error(text)
-
-
 def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     """Run, and turn what can go wrong into an exit code and one red line from one rank."""
     try:
         return run(arguments, beat)
     except (UserError, UnhealthyRunError) as error:
         if beat.speaks():
-            say(str(error))
+            print_error(str(error))
         return 2 if isinstance(error, UserError) else UNHEALTHY
     except SaveError as error:
         if error.here:
-            say(str(error))
+            print_error(str(error))
         return SAVE_FAILED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            say(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
+            print_error(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
             return SAVE_FAILED
         traceback.print_exc()
         return 1

@@ -39,6 +39,12 @@ def test_help_imports_nothing_heavy():
     assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}
 
 
+def test_the_exit_code_stands_where_the_error_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "tinyllama", "report", "/nosuch"], stderr=full, check=False)
+    assert done.returncode == 2
+
+
 @pytest.mark.alone
 def test_help_takes_well_under_half_a_second():
     tinyllama("--help")

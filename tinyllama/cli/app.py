@@ -90,12 +90,15 @@ def build() -> typer.Typer:
 
 
 def print_error(text: str) -> None:
-    """One red line on standard error."""
+    """One red line on standard error, if it can be written: a log may lie on a disk that is full. The exit code stands."""
+    import contextlib
+
     from rich.console import Console
     from rich.text import Text
 
     line = Text.assemble(("error: ", "bold red"), (text.replace("\n", " "), "red"))
-    Console(stderr=True, soft_wrap=True).print(line)
+    with contextlib.suppress(OSError):
+        Console(stderr=True, soft_wrap=True).print(line)
 
 
 def _interrupted() -> None:

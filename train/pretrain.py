@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -259,7 +260,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,
             "flops_per_token": flops,
-            "peak_flops": peak if peak == peak else None,
+            "peak_flops": peak if math.isfinite(peak) else None,
             "peak_flops_source": peak_source,
             "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
@@ -277,6 +278,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
     console.print(kernel_table(choices))
+    if not math.isfinite(peak):
+        console.print(f"[yellow]MFU is unknown[/]: {escape(peak_source)} (the table: tinyllama/hardware.py)")
     began = (
         f"starting from the weights of {escape(state['init_from']['path'])}"
         if state["init_from"]

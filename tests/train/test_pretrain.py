@@ -85,7 +85,7 @@ def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, m
     config["bf16"] = {"enabled": False}
     (tmp_path / "fp32.json").write_text(json.dumps(config))
     more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
-    more += [f"data.document_masking={str(masked).lower()}"]
+    more += [f"data.document_masking={str(masked).lower()}", f"training.deterministic={str(stage == 2).lower()}"]
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
     recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
 

@@ -47,7 +47,8 @@ def reference_rotary(q, k, cos, sin):
     return turn(q), turn(k)
 
 
-def reference_swiglu(gate, up):
+def reference_swiglu(gate_up):
+    gate, up = gate_up[..., :176], gate_up[..., 176:]
     return gate / (1 + torch.exp(-gate)) * up
 
 
@@ -80,7 +81,7 @@ def inputs(operation: str) -> list:
         angles = torch.cat((angles, angles), 1)[None, None]  # (1, 1, T, D)
         return [heads(HEADS), heads(KV_HEADS), angles.cos(), angles.sin()]
     if operation == "swiglu":
-        return [torch.randn(BATCH, LENGTH, 176), torch.randn(BATCH, LENGTH, 176)]
+        return [torch.randn(BATCH, LENGTH, 2 * 176)]
     targets = torch.randint(0, VOCABULARY, (BATCH * LENGTH,))
     targets[:30] = IGNORE_INDEX
     targets[-1] = IGNORE_INDEX
@@ -120,7 +121,7 @@ def test_a_kernel_equals_its_fp32_reference_in_value_and_gradient(operation, nam
         pytest.skip(f"{name}: {reason}")
     if dtype == torch.float32 and (name.startswith("flash") or name == "cudnn"):
         pytest.skip(f"{name} computes in 16 bits only")
-    differentiable = {"attention": 3, "norm": 2, "rotary": 2, "swiglu": 2, "loss": 2}[operation]
+    differentiable = {"attention": 3, "norm": 2, "rotary": 2, "swiglu": 1, "loss": 2}[operation]
     given = inputs(operation)
     expected = values_and_gradients(REFERENCES[operation], given, differentiable)
     cast = [a.to(device, dtype if a.is_floating_point() else a.dtype) if torch.is_tensor(a) else a for a in given]

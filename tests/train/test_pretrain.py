@@ -21,6 +21,7 @@ from conftest import ROOT, settings, tinyllama, train
 from tinyllama import checkpoint
 from tinyllama.data.loader import HeldOut, Mixture, Source
 from tinyllama.errors import CheckpointError
+from tinyllama.model.fused import hf_parameters
 from tinyllama.model.llama import Llama
 from train import state as saved
 from train.batch import model_inputs
@@ -109,8 +110,8 @@ def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, m
         expected.append(loss.item())
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
     trained = weights(checkpoint.resolve(tmp_path / "run"))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5, msg=name)
+    for name, parameter in hf_parameters(model):
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_validation_is_the_mean_over_all_ranks(finished_run, stores):

@@ -60,14 +60,14 @@ class Kernels:
     """The functions that a model calls. Shapes: `ops.py`.
 
     attention: causal, q, k, v and perhaps documents to (B, T, H * D). layout: document numbers (B, T) to the documents
-    that this attention takes, once for all layers. norm: x, weight, eps. rotary: q, k, cos, sin. swiglu: gate, up.
+    that this attention takes, once for all layers. norm: x, weight, eps. rotary: q, k, cos, sin. swiglu: gate_up.
     loss: hidden (N, C), weight (V, C), targets (N) to the summed loss.
     """
 
     attention: Callable[..., Tensor] = _sdpa
     norm: Callable[[Tensor, Tensor, float], Tensor] = ops.rms_norm
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = ops.rotary
-    swiglu: Callable[[Tensor, Tensor], Tensor] = ops.swiglu
+    swiglu: Callable[[Tensor], Tensor] = ops.swiglu
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = ops.chunked_loss
     layout: Callable[[Tensor], Documents] = _mask
 
@@ -150,10 +150,11 @@ def _liger_rotary(_: Setting) -> Callable[[Tensor, Tensor, Tensor, Tensor], tupl
     return lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos.squeeze(1), sin.squeeze(1))
 
 
-def _liger_swiglu(_: Setting) -> Callable[[Tensor, Tensor], Tensor]:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+def _liger_swiglu(_: Setting) -> Callable[[Tensor], Tensor]:
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    return LigerSiLUMulFunction.apply
+    # In place: nothing but this reads what the projection wrote, and the gradient is as large.
+    return lambda gate_up: LigerFusedGateUpSiLUMulFunction.apply(gate_up, True)
 
 
 def _liger_loss(_: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,7 +1,8 @@
 """The decoder itself, in one file: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-Parameter names are Hugging Face's (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
-translation. What is worth a kernel of its own is called through `Kernels`. Knows nothing of DeepSpeed, data or files.
+State dicts have Hugging Face's names (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
+translation; query, key and value are computed by one product, as are gate and up, and `fused.py` splits and joins their
+weights. What is worth a kernel of its own is called through `Kernels`. Knows nothing of DeepSpeed, data or files.
 """
 
 # Shapes: B batch, T positions in this call, S positions attended to (T, or past + T with a cache), H query heads,
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama.model import ops
+from tinyllama.model import fused, ops
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.kernels import PLAIN, Documents, Kernels
 from tinyllama.model.ops import IGNORE_INDEX as IGNORE_INDEX  # part of this module's interface
@@ -91,10 +92,10 @@ class Attention(nn.Module):
         self.config = config
         self.kernels = PLAIN
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, config.kv_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.kv_dim, bias=False)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_proj = nn.Linear(hidden, config.head_dim * sum(self.heads), bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        fused.use_hf_state(self, config)
 
     def forward(
         self,
@@ -108,9 +109,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         b, t, _ = x.shape
         head_dim = self.config.head_dim
-        q = self.q_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k, v = self.qkv_proj(x).view(b, t, -1, head_dim).split(self.heads, 2)
+        # A copy of the values alone: as a view they would keep all three in memory until the backward pass.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.contiguous().transpose(1, 2)  # (B, H or K, T, D)
         q, k = self.kernels.rotary(q, k, cos, sin)
         if cache is not None:
             return self.o_proj(cache.attend(layer, q, k, v, mask))
@@ -127,12 +128,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kernels = PLAIN
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        fused.use_hf_state(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.kernels.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -256,16 +257,17 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill every parameter from its own seeded generator: the same weights on every rank, in any order.
+        """Fill every parameter, as Hugging Face names them, from its own seeded generator: the same on every rank.
 
         Normal(0, initializer_range); the projections that write into the residual stream are scaled by
         1/sqrt(2 * layers) (Radford et al., 2019), so that its variance does not grow with depth. Norms are 1.
         Raises RuntimeError where DeepSpeed has taken the weights away (`zero.Init`): filling what is left would do nothing.
         """
         residual = ("o_proj.weight", "down_proj.weight")
-        for index, (name, parameter) in enumerate(self.named_parameters()):
+        for name, parameter in self.named_parameters():
             if parameter.numel() == 0:
                 raise RuntimeError(f"{name} is partitioned: initialize inside deepspeed.zero.GatheredParameters")
+        for index, (name, parameter) in enumerate(fused.hf_parameters(self)):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue

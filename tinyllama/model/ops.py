@@ -38,8 +38,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer, 2020)."""
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020) of both side by side, (..., 2 * F) to (..., F)."""
+    gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 

@@ -71,13 +71,16 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing.
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are reduced
+    over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; all of them stay on every rank in fp32);
+    where a GPU has room for that when null.
     """
 
     tokens: int = 3_000_000_000_000
     batch_tokens: int = 2_097_152
     micro_batch_sequences: int | None = None
     activation_checkpointing: bool = False
+    reduce_once: bool | None = None
     compile: str | None = "block"
     kernels: KernelsConfig = KernelsConfig()
     seed: int = 1337

@@ -174,7 +174,15 @@ def estimate(
         once = reduce_once and number > 1
         tokens_at_once = micro * sequence_length
         need = memory(
-            model, number, ranks, tokens_at_once, checkpointing, offload, machine_ranks, compiled=compiled, reduce_once=once
+            model,
+            number,
+            ranks,
+            tokens_at_once,
+            checkpointing,
+            offload,
+            machine_ranks,
+            compiled=compiled,
+            reduce_once=once,
         )
         traffic = bytes_per_step(model, number, ranks, accumulation, machine_ranks, once)
         bus = bus_bytes_per_step(model, ranks, offload)

@@ -48,7 +48,9 @@ def parse(text: str) -> Injection:
         name, _, number = fault.partition("@")
         kind, _, phase = name.partition("=")
         if not number.isdigit() or kind not in (*LOSS_FACTORS, "frozen", "oom", "pause"):
-            raise ConfigError(f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or pause=forward@7")
+            raise ConfigError(
+                f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or pause=forward@7"
+            )
         if kind in LOSS_FACTORS:
             factors[int(number)] = LOSS_FACTORS[kind]
         elif kind == "frozen":

@@ -136,7 +136,9 @@ def resolve_deepspeed(
     """
     resolved = copy.deepcopy(config)
     zero = resolved["zero_optimization"]
-    if zero.get("zero_hpz_partition_size", 1) == "auto":  # a second copy of the weights in each machine; 1 where one only
+    if (
+        zero.get("zero_hpz_partition_size", 1) == "auto"
+    ):  # a second copy of the weights in each machine; 1 where one only
         zero["zero_hpz_partition_size"] = ranks_per_node if ranks_per_node and ranks_per_node < ranks else 1
     given = resolved.get("train_micro_batch_size_per_gpu", "auto")
     micro = recipe.training.micro_batch_sequences or (None if given == "auto" else given)

@@ -305,10 +305,12 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     frozen = FrozenWeights(recipe.health.frozen_after_steps)
     evaluation = Evaluation(recipe, engine, tokenizer, control, beat) if recipe.evaluation.every_steps else None
     saver = Saver(output, recipe.checkpoint, tokenizer, control, beat)
-    if rank == 0 and (shortage := saver.shortage(recipe.model.num_parameters, total_steps - state["step"])):
+    if rank == 0 and (shortage := saver.shortage(recipe.model.num_parameters, state["step"], total_steps)):
         console.print(f"[yellow]{escape(shortage)}[/]")
     gradients = Accumulation(engine, plan.reduce_once)
-    feed = Feed(lambda batch, n: host_arrays(*mixture.fetch(plan.samples(batch, rank, n)), separator), plan.accumulation, device)
+    feed = Feed(
+        lambda batch, n: host_arrays(*mixture.fetch(plan.samples(batch, rank, n)), separator), plan.accumulation, device
+    )
     profiler = profiling.Profiler(profiled, output / "profile", rank == 0)
 
     def save() -> None:
@@ -490,8 +492,10 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     if evaluation:
         evaluation.close()
     feed.close()
+    saver.close()
     console.close()
-    console.print(escape(text)) if (text := profiler.close()) else None
+    if text := profiler.close():
+        console.print(escape(text))
     console.print(f"done: {state['tokens']:,} tokens in {escape(str(output))}")
     return 0
 

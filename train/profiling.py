@@ -110,7 +110,8 @@ def parse(text: str) -> tuple[int, int]:
     first, _, count = text.partition(":")
     if not (first.isdigit() and count.isdigit() and int(first) > 0 and int(count) > 0):
         raise ConfigError(
-            f"--profile {text}", fix=f"give FIRST:COUNT, both above 0: --profile {DEFAULT} profiles two steps after three"
+            f"--profile {text}",
+            fix=f"give FIRST:COUNT, both above 0: --profile {DEFAULT} profiles two steps after three",
         )
     return int(first), int(count)
 
@@ -129,26 +130,26 @@ class Profiler:
         if not self._wanted or done < self._first - 1:
             return
         if self._profile is not None:
-            self._profile.step()
-            if done >= self._first + self._count:
-                self._stop(self._count)
+            self._stop() if done >= self._first + self._count else self._profile.step()
             return
         import torch
         from torch.profiler import ProfilerActivity, profile, schedule
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        self._profile = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=self._count + 1))
+        self._profile = profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=self._count))
         self._profile.start()
 
-    def _stop(self, steps: int) -> None:
+    def _stop(self) -> None:
         assert self._profile is not None
         self._profile.stop()
-        rows = write(self._profile, self._folder, steps)
-        self._result = f"profile of {steps} steps in {self._folder}: {summary(rows)}"
+        rows = write(self._profile, self._folder, self._count)
+        self._result = f"profile of {self._count} steps in {self._folder}: {summary(rows)}"
         self._profile, self._wanted = None, False
 
     def close(self) -> str | None:
         """One line on what was found, at the run's end; None where no profile was asked for."""
+        if self._profile is not None and self._profile.step_num == self._count:  # of the run's last steps
+            self._stop()
         if self._wanted:
             return f"no profile: the run ended before --profile's {self._first} + {self._count} steps were done"
         return self._result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def describe(
     return {
         "recipe": recipe.to_dict(),
         "deepspeed": resolved,
-        "batch": {"micro": batch.micro, "accumulation": batch.accumulation, "ranks": ranks, "text": str(batch)},
+        "batch": {**dataclasses.asdict(batch), "text": str(batch)},
         "memory": planning.describe_memory(resolved, recipe, batch, free),
         "steps": planning.num_steps(recipe),
         "epochs": epochs,

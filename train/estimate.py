@@ -224,7 +224,7 @@ def advice(numbers: dict[str, Any]) -> str | None:
     if numbers["ranks"] == 1:
         return f"{fits} and on one GPU spares the work of sharing out what nobody else holds: --deepspeed zero{best}"
     return (
-        f"{fits} and sends {other['bytes_per_step'] / 1e9:.1f} instead of {now['bytes_per_step'] / 1e9:.1f} GB a step, up to "
-        f"{1 - other['step_s'] / now['step_s']:.0%} faster (assumed: {numbers['assumed_mfu']:.0%} MFU, "
+        f"{fits} and sends {other['bytes_per_step'] / 1e9:.1f} instead of {now['bytes_per_step'] / 1e9:.1f} GB a step, "
+        f"up to {1 - other['step_s'] / now['step_s']:.0%} faster (assumed: {numbers['assumed_mfu']:.0%} MFU, "
         f"{numbers['assumed_gigabytes_per_s']:g} GB/s a rank, not overlapped): --deepspeed zero{best}"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,8 @@ def explained(plan: BatchPlan, checkpointing: bool, first: bool = True) -> Itera
         smaller = [f"training.micro_batch_sequences={plan.micro // 2}"] if plan.micro > 1 else []
         smaller += [] if checkpointing else ["training.activation_checkpointing=true"]
         settings = " or ".join(f"--set {setting}" for setting in smaller)
-        reason = str(error).split(". ")[0].strip().removeprefix("CUDA out of memory").lstrip(". ")
+        tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         raise ConfigError(
-            f"out of memory at micro {plan.micro} x {plan.sequence_length} tokens" + (f": {reason}" if reason else ""),
+            f"out of memory at micro {plan.micro} x {plan.sequence_length} tokens: {tried[0] if tried else error}",
             fix=f"give {settings}" if settings else "use another ZeRO stage, more ranks, or --deepspeed zero3_offload",
         ) from error

@@ -196,8 +196,8 @@ def bucket_sizes(model: ModelConfig, stage: int, on_gpu: bool) -> dict[str, int]
 def reduces_once(wanted: bool | None, stage: int, accumulation: int, offload: bool, room: bool) -> bool:
     """Whether gradients are reduced at the end of a step alone (`train/accumulation.py`), given `training.reduce_once`.
 
-    Stage 1 always does so, and with one micro-batch a step there is nothing to choose. Where the recipe leaves it open, it is
-    done where a GPU has `room` for all gradients in fp32 beside its micro-batch, and the optimizer lives there too.
+    Stage 1 always does so, and with one micro-batch a step there is nothing to choose. Where the recipe leaves it open, it
+    is done where a GPU has `room` for all gradients in fp32 beside its micro-batch, and the optimizer lives there too.
     """
     if stage == 1 or accumulation == 1:
         return False

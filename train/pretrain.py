@@ -263,6 +263,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "recipe": recipe.to_dict(),
             "deepspeed": state["deepspeed"],
             "batch": {"micro": plan.micro, "accumulation": plan.accumulation, "ranks": ranks},
+            "reduce_once": plan.reduce_once,
             "device": device_name(),
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,

@@ -30,8 +30,8 @@ CATEGORIES = (
     ("optimizer", r"adam|multi_tensor_apply|_foreach_"),
     ("loss", r"cross_?entropy|softmax|nll_loss|chunkedloss"),
     ("elementwise/norm", r"^triton_|^cpp_fused|compiled"),
-    ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|aten::(add|b|ba)?(mm|dbmm)\b|mkldnn|onednn|matmul|linear|_scaled_mm"),
-    ("copy/memset", r"memcpy|memset|aten::(copy_|fill_|zero_|_?to_?copy|cat|clone|index_put)|copy_kernel|fillfunctor|catarray|direct_copy"),
+    ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|aten::(add|b|ba)?mm\b|mkldnn|matmul|linear|scaled_mm"),
+    ("copy/memset", r"memcpy|memset|aten::(copy_|fill_|zero_|_to_copy|cat|clone)|copy_kernel|fillfunctor|catarray"),
     ("elementwise/norm", r"elementwise|norm|silu|reduce_kernel|vectorized|embedding|aten::"),
 )  # fmt: skip
 

@@ -71,9 +71,9 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are reduced
-    over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; all of them stay on every rank in fp32);
-    where a GPU has room for that when null.
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are
+    reduced over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; every rank then holds all of them in
+    fp32); where a GPU has room for that when null.
     """
 
     tokens: int = 3_000_000_000_000

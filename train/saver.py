@@ -81,8 +81,8 @@ class Saver:
         if free >= count * each:
             return None
         return (
-            f"{self.run} has {free / 1e9:.1f} GB free, {count} checkpoints of {each / 1e9:.1f} GB may come: a full disk ends "
-            f"the run with exit code 74; make room, or lower checkpoint.keep_last={self.config.keep_last}"
+            f"{self.run} has {free / 1e9:.1f} GB free, {count} checkpoints of {each / 1e9:.1f} GB may come: a full "
+            f"disk ends the run with exit code 74; make room, or lower checkpoint.keep_last={self.config.keep_last}"
         )
 
     def save(self, engine: DeepSpeedEngine, state: dict[str, Any]) -> Path:

@@ -90,7 +90,8 @@ def updates(stage: int, way: str, ranks: int = 2) -> list[list[list[float]]]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks"), [(3, 2), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)]
+    ("stage", "ranks"),
+    [(3, 2), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
 )
 def test_many_small_gradients_are_summed_in_fp32(stage, ranks):
     expected = 1 + (MICRO_STEPS - 1) * SMALL  # exact in fp32
@@ -112,7 +113,8 @@ def test_when_gradients_are_reduced_once():
     def chosen(wanted=None, stage=3, accumulation=16, offload=False, room=True):
         return reduces_once(wanted, stage, accumulation, offload, room)
 
-    assert chosen() and chosen(stage=2)
+    assert chosen()
+    assert chosen(stage=2)
     assert not chosen(room=False)
     assert not chosen(offload=True)
     assert not chosen(accumulation=1)
@@ -123,13 +125,15 @@ def test_when_gradients_are_reduced_once():
 
 
 def test_a_run_that_reduces_once_follows_one_that_does_not(stores, tmp_path):
-    """bf16, compiled blocks, three micro-batches on each of two ranks; with a NaN, which is left out on both ranks."""
+    """bf16, compiled blocks, three micro-batches on each of two ranks; and its profile."""
     more = ["training.tokens=3072", "training.micro_batch_sequences=2", "validation.every_steps=100"]
     once = [*more, "training.reduce_once=true"]
     done = train(stores, tmp_path / "once", *once, extra=("--profile", "1:2"))
     assert "gradients are reduced once a step" in done.stdout
     train(stores, tmp_path / "each", *more)
-    first, second = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("once", "each"))
+    first, second = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("once", "each")
+    )
     for key, tolerance in (("loss", 1e-3), ("grad_norm", 1e-2)):
         values = [[entry[key] for entry in entries if key in entry] for entries in (first, second)]
         assert len(values[0]) == 4

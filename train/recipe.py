@@ -71,14 +71,17 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. deterministic: the same bits
-    in every run on the same hardware, at the price of speed (`train/determinism.py`).
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are
+    reduced over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; every rank then holds all of them in
+    fp32); where a GPU has room for that when null. deterministic: the same bits in every run on the same hardware, at the
+    price of speed (`train/determinism.py`).
     """
 
     tokens: int = 3_000_000_000_000
     batch_tokens: int = 2_097_152
     micro_batch_sequences: int | None = None
     activation_checkpointing: bool = False
+    reduce_once: bool | None = None
     compile: str | None = "block"
     deterministic: bool = False
     kernels: KernelsConfig = KernelsConfig()

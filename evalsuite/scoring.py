@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import traceback
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evalsuite.forest import Forest, Pass, Passes
+from evalsuite.batched_attention import BatchedTreeCache
+from evalsuite.forest import Forest, Ints, Pass, Passes
+from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache, run_pass
 from tinyllama import host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 
-LOGIT_ROWS = 512  # positions whose logits (V each, fp32) exist at a time
+LOGIT_ROWS, LOGIT_BYTES = 512, 2**30  # positions whose logits exist at a time: on a CPU; what they may take on a GPU
 SMALLEST_PASS = 64
 
 
@@ -32,10 +35,14 @@ class Work:
 
 @dataclasses.dataclass
 class Budget:
-    """How much goes through the model at once: tokens of a pass, rows of a generation step. Halved where memory ends."""
+    """How much goes through the model at once: tokens of a pass, rows of a generation step. Halved where memory ends.
+
+    batched: attention in few large calls, or in many small ones; None: what suits the model's device.
+    """
 
     tokens: int
     rows: int
+    batched: bool | None = None
 
     def halve(self, error: Exception) -> None:
         """After an out-of-memory error: half of it, or the error again where little is left."""
@@ -44,9 +51,27 @@ class Budget:
                 f"not enough memory for a pass of {self.tokens} tokens", fix="use a smaller dtype or a larger machine"
             ) from error
         self.tokens, self.rows = self.tokens // 2, max(1, self.rows // 2)
+        # What the failed pass had computed hangs on the frames of the error.
+        traceback.clear_frames(error.__traceback__)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         host_memory.trim()
+
+    def batches(self, device_type: str) -> bool:
+        """Whether attention runs in few large calls on such a device."""
+        return prefers_batches(device_type) if self.batched is None else self.batched
+
+
+def prefers_batches(device_type: str) -> bool:
+    """A GPU waits for each call to be launched; a CPU computes what is padded."""
+    return device_type != "cpu"
+
+
+def logit_rows(device_type: str, vocab_size: int) -> int:
+    """Positions whose logits exist at a time: in the model's dtype, in fp32, and once more inside of the softmax."""
+    if device_type == "cpu":
+        return LOGIT_ROWS
+    return max(1, LOGIT_BYTES // (12 * vocab_size))
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -60,13 +85,15 @@ def passes_of(
     """Run a forest pass by pass: the pass, its cache and hidden states (N, C). keep: the caches keep keys and values."""
     cuts, carried = Passes(forest), None
     device = model.lm_head.weight.device
+    kind = BatchedTreeCache if budget.batches(device.type) else TreeCache
     while (cut := cuts.take(budget.tokens)) is not None:
         try:
-            cache = TreeCache(cut, carried, device, keep)
+            cache = kind(cut, carried, device, keep)
             hidden = run_pass(model, forest, cut, cache)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            cache = hidden = None
             budget.halve(error)
             cuts.back()
             continue
@@ -104,14 +131,28 @@ def log_likelihoods(
     spans = [(len(request.read) - len(request.targets), len(request.read)) for request in wanted]
     places = forest.places(spans)
     place = np.concatenate(places)  # of every scored position, request after request
-    target = torch.tensor([token for request in wanted for token in request.targets])
+    target = np.array([token for request in wanted for token in request.targets], dtype=np.int64)
     by_place = np.argsort(place, kind="stable")
     sorted_place = place[by_place]
     scores, greedy = torch.zeros(len(place)), torch.zeros(len(place), dtype=torch.bool)
+
+    def collect(entries: Ints, found: Tensor, done: int) -> None:
+        """Fetch what a pass found: the one time that the host waits for it."""
+        values = found.cpu()
+        which = torch.from_numpy(entries)
+        scores[which], greedy[which] = values[0], values[1] > 0
+        report(done / forest.size)
+
+    before: tuple[Ints, Tensor, int] | None = None
     for cut, _, hidden in passes_of(model, forest, budget, False, work):
         begin, end = np.searchsorted(sorted_place, [cut.start, cut.start + cut.size])
-        _score_pass(model, cut, hidden, by_place[begin:end], place, target, scores, greedy)
-        report((cut.start + cut.size) / forest.size)
+        entries = by_place[begin:end]
+        found = _score_pass(model, hidden, place[entries] - cut.start, target[entries])
+        if before is not None:
+            collect(*before)  # only now, so that a GPU has the next pass to work on while the host waits
+        before = entries, found, cut.start + cut.size
+    assert before is not None
+    collect(*before)
     if not torch.isfinite(scores).all():
         raise UserError("the model's log-probabilities are not numbers", fix="check the model's weights for NaN")
     ends = np.cumsum([len(p) for p in places])[:-1].tolist()
@@ -121,28 +162,25 @@ def log_likelihoods(
     ]
 
 
-def _score_pass(
-    model: Llama,
-    cut: Pass,
-    hidden: Tensor,
-    entries: np.ndarray,
-    place: np.ndarray,
-    target: Tensor,
-    scores: Tensor,
-    greedy: Tensor,
-) -> None:
-    """Fill in the scores of the entries (indices into place) whose positions lie in this pass."""
-    if not len(entries):
-        return
-    rows, row_of_entry = np.unique(place[entries] - cut.start, return_inverse=True)
-    bounds = np.searchsorted(row_of_entry, np.arange(0, len(rows) + LOGIT_ROWS, LOGIT_ROWS))
+def _score_pass(model: Llama, hidden: Tensor, position: Ints, target: Ints) -> Tensor:
+    """Log-probability of each target (E) at its position in a pass of hidden states (N, C), and whether it is the most
+    likely token, 1 or 0: (2, E) fp32 on the model's device. position: ascending.
+    """
+    device = hidden.device
+    found = torch.empty(2, len(position), device=device)
+    if not len(position):
+        return found
+    rows, row_of_entry = np.unique(position, return_inverse=True)
+    at_once = logit_rows(device.type, model.config.vocab_size)
+    bounds = np.searchsorted(row_of_entry, np.arange(0, len(rows) + at_once, at_once))
+    rows_there, row_there, target_there = to_device([rows, row_of_entry, target], device)
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        chosen = rows[number * LOGIT_ROWS : (number + 1) * LOGIT_ROWS]
-        logits = model.lm_head(hidden[torch.from_numpy(chosen).to(hidden.device)]).float()  # (rows, V)
+        chosen = rows_there[number * at_once : (number + 1) * at_once]
+        logits = model.lm_head(hidden[chosen]).float()  # (rows, V)
         normalizer = logits.logsumexp(-1)
         best = logits.argmax(-1)
-        local = torch.from_numpy(row_of_entry[begin:end] - number * LOGIT_ROWS).to(hidden.device)
-        which = torch.from_numpy(entries[begin:end])
-        wanted = target[which].to(hidden.device)
-        scores[which] = (logits[local, wanted] - normalizer[local]).cpu()
-        greedy[which] = (best[local] == wanted).cpu()
+        local = row_there[begin:end] - number * at_once
+        wanted = target_there[begin:end]
+        found[0, begin:end] = logits[local, wanted] - normalizer[local]
+        found[1, begin:end] = best[local] == wanted
+    return found

@@ -153,3 +153,7 @@ class BatchedTreeCache(TreeCache):
                 found = found.unflatten(2, (groups, QUERIES))  # (B, K, G, Q, D)
                 out[call.blocks] = found.permute(0, 3, 1, 2, 4)
         return out.view(1, -1, heads * width)[:, :size]
+
+    def advance(self, tokens: int) -> None:
+        """All layers have attended: the masks are not needed any more."""
+        self.calls = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import traceback
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,15 +11,12 @@ import torch
 from torch import Tensor
 
 from evalsuite.batched_attention import BatchedTreeCache
+from evalsuite.budget import Budget, is_out_of_memory, logit_rows
 from evalsuite.forest import Forest, Ints, Pass, Passes
 from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache, run_pass
-from tinyllama import host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
-
-LOGIT_ROWS, LOGIT_BYTES = 512, 2**30  # positions whose logits exist at a time: on a CPU; what they may take on a GPU
-SMALLEST_PASS = 64
 
 
 @dataclasses.dataclass
@@ -33,52 +29,6 @@ class Work:
     generated: int = 0
 
 
-@dataclasses.dataclass
-class Budget:
-    """How much goes through the model at once: tokens of a pass, rows of a generation step. Halved where memory ends.
-
-    batched: attention in few large calls, or in many small ones; None: what suits the model's device.
-    """
-
-    tokens: int
-    rows: int
-    batched: bool | None = None
-
-    def halve(self, error: Exception) -> None:
-        """After an out-of-memory error: half of it, or the error again where little is left."""
-        if self.tokens <= SMALLEST_PASS:
-            raise UserError(
-                f"not enough memory for a pass of {self.tokens} tokens", fix="use a smaller dtype or a larger machine"
-            ) from error
-        self.tokens, self.rows = self.tokens // 2, max(1, self.rows // 2)
-        # What the failed pass had computed hangs on the frames of the error.
-        traceback.clear_frames(error.__traceback__)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        host_memory.trim()
-
-    def batches(self, device_type: str) -> bool:
-        """Whether attention runs in few large calls on such a device."""
-        return prefers_batches(device_type) if self.batched is None else self.batched
-
-
-def prefers_batches(device_type: str) -> bool:
-    """A GPU waits for each call to be launched; a CPU computes what is padded."""
-    return device_type != "cpu"
-
-
-def logit_rows(device_type: str, vocab_size: int) -> int:
-    """Positions whose logits exist at a time: in the model's dtype, in fp32, and once more inside of the softmax."""
-    if device_type == "cpu":
-        return LOGIT_ROWS
-    return max(1, LOGIT_BYTES // (12 * vocab_size))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ended, on a GPU or in the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def passes_of(
     model: Llama, forest: Forest, budget: Budget, keep: bool, work: Work
 ) -> Iterator[tuple[Pass, TreeCache, Tensor]]:
@@ -86,20 +36,27 @@ def passes_of(
     cuts, carried = Passes(forest), None
     device = model.lm_head.weight.device
     kind = BatchedTreeCache if budget.batches(device.type) else TreeCache
+    found: tuple[TreeCache, Tensor] | None = None
     while (cut := cuts.take(budget.tokens)) is not None:
         try:
-            cache = kind(cut, carried, device, keep)
-            hidden = run_pass(model, forest, cut, cache)
+            found = _computed(model, forest, cut, kind(cut, carried, device, keep))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            cache = hidden = None
+            found = None
             budget.halve(error)
             cuts.back()
             continue
         work.computed += cut.size
+        cache, hidden = found
         carried = cache.next_carried
         yield cut, cache, hidden
+        del cache, hidden
+
+
+def _computed(model: Llama, forest: Forest, cut: Pass, cache: TreeCache) -> tuple[TreeCache, Tensor]:
+    """A pass's cache and hidden states (N, C)."""
+    return cache, run_pass(model, forest, cut, cache)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evalsuite.cohorts import Prompt
 from evalsuite.forest import Forest, Passes
-from evalsuite.generation import Generation, Prompt
+from evalsuite.generation import Generation
 from evalsuite.scoring import Budget, Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig

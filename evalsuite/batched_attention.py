@@ -26,7 +26,7 @@ from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache
 
 QUERIES = 128  # positions of a block
-BLOCKS = 128  # of a call; the last call of a pass has fewer, a power of two
+BLOCKS, FEW = 128, 16  # of a call: most, and what is not split for the sake of padding; a power of two
 KEYS = 256  # the lengths of a call's keys are this, times 1, 2, 3, 4, 6, 8, 12, 16, ...
 
 
@@ -68,22 +68,36 @@ def block_paths(cut: Pass) -> list[Ints]:
     return found
 
 
+def blocks_of_call(keys: list[int]) -> int:
+    """How many of the blocks, the ones of most keys first, go into one call: a power of two. keys: padded, of each block.
+
+    Halved down to FEW while the last block would be padded to more than twice its length.
+    """
+    size = BLOCKS
+    while size > 1 and size // 2 >= len(keys):
+        size //= 2
+    while size > FEW and 2 * keys[min(size, len(keys)) - 1] < keys[0]:
+        size //= 2
+    return size
+
+
 def calls_of(paths: list[Ints]) -> list[tuple[Ints, Ints]]:
     """The blocks of each call (B), and the store's rows of the paths to them (B, P), -1 where a path is shorter.
 
     Blocks beyond the pass fill up the last call.
     """
     order = sorted(range(len(paths)), key=lambda block: -len(paths[block]))
-    found = []
-    for first in range(0, len(order), BLOCKS):
-        chosen = order[first : first + BLOCKS]
-        longest = len(paths[chosen[0]])
-        size = 1 << (len(chosen) - 1).bit_length()
+    keys = [padded_keys(len(paths[block]) + QUERIES) for block in order]
+    found, first = [], 0
+    while first < len(order):
+        size = blocks_of_call(keys[first:])
+        chosen = order[first : first + size]
         blocks = np.array([*chosen, *range(len(paths), len(paths) + size - len(chosen))], dtype=np.int64)
-        rows = np.full((size, padded_keys(longest + QUERIES) - QUERIES), -1, dtype=np.int64)
+        rows = np.full((size, keys[first] - QUERIES), -1, dtype=np.int64)
         for row, block in zip(rows, chosen, strict=False):
             row[: len(paths[block])] = paths[block]
         found.append((blocks, rows))
+        first += size
     return found
 
 

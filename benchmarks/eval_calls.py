@@ -173,7 +173,9 @@ def counted_steps() -> Iterator[dict[str, Any]]:
 
 def needed_positions(wanted: list[Continuation]) -> int:
     """Heads times queries times keys that the unique prefixes need."""
-    depths = sum((t.length * (t.length + 1) - t.shared * (t.shared + 1)) // 2 for t in Forest([w.read for w in wanted]).tails)
+    depths = sum(
+        (t.length * (t.length + 1) - t.shared * (t.shared + 1)) // 2 for t in Forest([w.read for w in wanted]).tails
+    )
     return depths * SHAPE["num_attention_heads"]
 
 
@@ -284,18 +286,24 @@ def print_tables(sets: dict[str, Any]) -> None:
             figures = result[plan]
             bar = "{} / {}".format(*BARS[name]) if plan == "gpu" else ""
             rows.append([f"{name}, {plan}", f"{result['items']:,}", f"{figures['tokens']:,}"])
-            rows[-1] += [f"{figures['calls_per_layer']:,.0f}", f"{figures['shapes']:,}", bar, f"{figures['padded']:.2f}"]
+            rows[-1] += [
+                f"{figures['calls_per_layer']:,.0f}",
+                f"{figures['shapes']:,}",
+                bar,
+                f"{figures['padded']:.2f}",
+            ]
             same = plan == "gpu"
             rows[-1] += [f"{result['largest_difference_from_alone']:.1e}" if same else ""]
             rows[-1] += [str(result["choices_differing"]) if same else ""]
     columns = ["scoring", "items", "tokens", "calls a layer", "shapes", "bars", "padded", "off alone", "choices differ"]
     show("Attention calls of the native evaluation", columns, rows)
-    bbh = sets["bbh"]
-    rows = [
-        [f"bbh, {plan}", str(bbh["items"]), str(found["steps"]), f"{found['calls_per_layer_and_step']:.2f}"]
-        + [f"{found['operations_per_layer_and_step']:.0f}", str(found["shapes"]), str(bbh["texts_differing"])]
-        for plan, found in ((plan, bbh[plan]) for plan in ("cpu", "gpu"))
-    ]
+    bbh, rows = sets["bbh"], []
+    for plan in ("cpu", "gpu"):
+        found = bbh[plan]
+        rows.append(
+            [f"bbh, {plan}", str(bbh["items"]), str(found["steps"]), f"{found['calls_per_layer_and_step']:.2f}"]
+        )
+        rows[-1] += [f"{found['operations_per_layer_and_step']:.0f}", str(found["shapes"]), str(bbh["texts_differing"])]
     columns = ["generation", "items", "steps", "calls a layer and step", "operations", "shapes", "texts differ"]
     show("Attention of generation's steps", columns, rows)
 

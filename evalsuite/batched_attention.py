@@ -27,17 +27,17 @@ from evalsuite.tree_attention import TreeCache
 
 QUERIES = 128  # positions of a block
 BLOCKS, FEW = 128, 16  # of a call: most, and what is not split for the sake of padding; a power of two
-KEYS = 256  # the lengths of a call's keys are this, times 1, 2, 3, 4, 6, 8, 12, 16, ...
+KEYS = 256  # the lengths of a call's keys are this, times 1, 1.5, 2, 3, 4, 6, 8, ...
 
 
 def padded_keys(needed: int) -> int:
     """The length S of a call's keys that holds `needed` of them, its blocks' own QUERIES included."""
-    step = 1
-    while True:
-        for multiple in (2 * step, 3 * step):
-            if KEYS * multiple >= 2 * needed:
-                return KEYS * multiple // 2
-        step *= 2
+    length = KEYS
+    while length < needed:
+        if length * 3 // 2 >= needed:
+            return length * 3 // 2
+        length *= 2
+    return length
 
 
 def subtree_ends(cut: Pass) -> Ints:

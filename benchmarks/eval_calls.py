@@ -106,7 +106,7 @@ def tiny_llama() -> Llama:
     with torch.no_grad():
         for parameter in llama.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(4)
+                parameter.mul_(3)
     return llama
 
 
@@ -195,7 +195,7 @@ def alone(model: Llama, wanted: list[Continuation]) -> list[tuple[float, bool]]:
             logits = model(torch.tensor([wanted[index].read for index in chosen]))
             for row, index in zip(logits, chosen, strict=True):
                 targets = torch.tensor(wanted[index].targets)
-                scores = row[-len(targets) :].log_softmax(-1)
+                scores = row[-len(targets) :].double().log_softmax(-1)
                 chosen_scores = scores[torch.arange(len(targets)), targets]
                 found[index] = (float(chosen_scores.sum()), bool((scores.argmax(-1) == targets).all()))
     return found

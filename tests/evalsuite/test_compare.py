@@ -35,11 +35,7 @@ def write(folder: Path, tasks: dict[str, list[float]], **changes: Any) -> Path:
         "format": runner.FORMAT,
         "model": changes.pop("model", str(folder)),
         "tokens": changes.pop("tokens", None),
-        "settings": {
-            "limit": limit,
-            "data_dir": changes.pop("data_dir", "bundle"),
-            "dtype": changes.pop("dtype", "float32"),
-        },
+        "settings": {"limit": limit, "data_dir": data_dir, "dtype": dtype},
         "versions": {"lm_eval": "0.4.13"},
         "tasks": {},
         "suites": {},

@@ -198,10 +198,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl and log.txt")
     parser.add_argument("--work", type=Path, required=True, help="folder of wheels, caches and checkpoints, 40 GB")
     parser.add_argument("--stage", type=int, action="append", help="only this stage (may be repeated)")
+    parser.add_argument("--seconds", type=float, help=f"of all stages (default {plan.TOTAL_S:.0f})")
     parser.add_argument(
-        "--seconds", type=float, default=plan.TOTAL_S, help=f"of all stages (default {plan.TOTAL_S:.0f})"
+        "--tiny", action="store_true", help=f"shapes for a CPU; limits {plan.TINY_FACTOR} times as long"
     )
-    parser.add_argument("--tiny", action="store_true", help="shapes that a CPU can compute; limits four times as long")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
 """What a device can do at most: bytes per second from its memory, FLOP/s of a matrix product. For the roofline.
 
-For a GPU: the vendor's data sheet, by a part of its name. For a CPU there is no such number, so it is measured, in a
+For a GPU: the vendor's data sheet (tinyllama/hardware.py). For a CPU there is no such number, so it is measured, in a
 process of its own with as many threads as vLLM computes on. Either can be given by the user.
 """
 
@@ -16,24 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import ConfigError
+from tinyllama.hardware import find
 
-# Part of the name that the driver gives: bytes/s of memory, dense bf16 FLOP/s (data sheets, without sparsity). The
-# first that matches; longer names first. train.metrics.PEAK_FLOPS has the same peaks.
-GPUS = (
-    ("GH200", 4.0e12, 989e12),
-    ("H200", 4.8e12, 989e12),
-    ("H100 PCIe", 2.0e12, 756e12),
-    ("H100 NVL", 3.9e12, 835e12),
-    ("H100", 3.35e12, 989e12),
-    ("B200", 8.0e12, 2250e12),
-    ("A100-SXM4-80GB", 2.039e12, 312e12),
-    ("A100 80GB PCIe", 1.935e12, 312e12),
-    ("A100", 1.555e12, 312e12),
-    ("A40", 696e9, 149.7e12),
-    ("L40S", 864e9, 362e12),
-    ("RTX 4090", 1008e9, 165.2e12),
-    ("RTX 3090", 936e9, 71e12),
-)
 READ_BYTES = 2**29  # more than any cache
 MATMUL_SIZE = 2048
 
@@ -83,11 +67,12 @@ def peak(device: dict[str, Any], dtype: str, limits: Limits = NO_LIMITS) -> Peak
         source = f"measured here on {threads} thread{'s' if threads > 1 else ''}"
         known: tuple[float | None, float | None] = (found["bytes_per_s"], found["flops_per_s"])
     else:
-        row = next((row for row in GPUS if row[0].lower() in device["name"].lower()), None)
-        if row is None:
+        gpu = find(device["name"])
+        if gpu is None:
             known, source = (None, None), "as given"
         else:
-            known, source = (row[1], row[2] if dtype != "float32" else None), f"data sheet of the {row[0]}"
+            flops = gpu.flops_per_s if dtype != "float32" else None
+            known, source = (gpu.bytes_per_s, flops), f"data sheet of the {gpu.name}"
     if any(given):
         source += ", or as given"
     found_peak = Peak(given[0] or known[0], given[1] or known[1], source, cache_bytes())

@@ -51,10 +51,37 @@ TINY_MODEL = [
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; xdist gives out files in this order (--no-loadscope-reorder)."""
+def wants_gpu(config: pytest.Config) -> bool:
+    """Whether `-m gpu` is asked for."""
+    words = str(config.option.markexpr).split()
+    return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words, strict=False))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` this process and its children find no GPU: tests start two ranks, and compare with other machines."""
+    if not wants_gpu(config):
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first; xdist gives out files in this order (--no-loadscope-reorder).
+
+    Tests for a GPU need `-m gpu`, whatever else an expression selects.
+    """
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not of_gpu:
+        return
+    if not wants_gpu(config):
+        config.hook.pytest_deselected(items=of_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def skip_unless_privileges_can_be_dropped() -> None:

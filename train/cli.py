@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyllama import hardware
+
 if TYPE_CHECKING:
     from train.nodes import Nodes
 
@@ -41,7 +43,7 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show batch, memory, traffic, epochs and days; launch nothing.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Dry run: A100-40G, A100-80G, H100, H200 or B200.")] = "H100",
+    device: Annotated[str, typer.Option(help=f"Dry run: {', '.join(hardware.NAMES)}.")] = "H100",
     mfu: Annotated[float, typer.Option(help="Dry run: share of the device's peak to assume.")] = 0.4,
     gigabytes_per_s: Annotated[float, typer.Option(help="Dry run: what one rank can send to assume.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Dry run: print as JSON.")] = False,
@@ -73,9 +75,9 @@ def train_command(
 
     from tinyllama import checkpoint
     from tinyllama.errors import ConfigError
+    from train import accelerators, start
     from train import launch as launching
     from train import plan as planning
-    from train import start
     from train.nodes import Nodes
     from train.recipe import load_recipe
     from train.state import refuse_other_run
@@ -103,6 +105,12 @@ def train_command(
     several = find_nodes(nodes, node_rank, master, num_accelerators)
     if several and hostfile:
         raise ConfigError("--nodes and --hostfile both name the machines", fix="give one of them")
+    if hostfile is None:
+        num_accelerators = several.accelerators if several else num_accelerators
+        if num_accelerators is None and not launcher:
+            num_accelerators = max(1, accelerators.count_gpus())
+        if num_accelerators is not None:
+            accelerators.refuse_too_many(num_accelerators, accelerators.count_gpus())
     ranks = several.ranks if several else num_accelerators
     if ranks is not None and hostfile is None:
         planning.resolve_deepspeed(raw, wanted, ranks)
@@ -138,18 +146,16 @@ def train_command(
     sys.exit(launching.launch(command, script))
 
 
-def find_nodes(nodes: int, node_rank: int | None, master: str | None, accelerators: int | None) -> Nodes | None:
+def find_nodes(nodes: int, node_rank: int | None, master: str | None, num_accelerators: int | None) -> Nodes | None:
     """The machines that take part, from the command line or from Slurm; None for this one alone."""
     import os
 
+    from train import accelerators
     from train import nodes as machines
 
     if nodes == 1 and node_rank is None and master is None and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
         return None
-    if accelerators is None:
-        import torch
-
-        accelerators = max(1, torch.cuda.device_count())
+    each = num_accelerators if num_accelerators is not None else max(1, accelerators.count_gpus())
     if nodes == 1 and node_rank is None and master is None:
-        return machines.from_slurm(os.environ, accelerators)
-    return machines.given(nodes, node_rank, master, accelerators)
+        return machines.from_slurm(os.environ, each)
+    return machines.given(nodes, node_rank, master, each)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tinyllama.errors import ConfigError, DataError, nearest
+from tinyllama import hardware
+from tinyllama.errors import ConfigError, DataError
 from train import estimate as estimating
 from train import plan as planning
 from train.recipe import Recipe
@@ -29,8 +30,7 @@ def describe(
 
     `epochs` is None, and `data_note` says why, where the stores are not there yet. ConfigError for impossible numbers.
     """
-    if device not in estimating.DEVICES:
-        raise ConfigError(f"--device {device}", fix=nearest(device, list(estimating.DEVICES)))
+    hardware.named(device)
     if not 0 < mfu <= 1 or gigabytes_per_s <= 0:
         raise ConfigError(
             f"--mfu {mfu:g}, --gigabytes-per-s {gigabytes_per_s:g}",

@@ -10,18 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from tinyllama import hardware
 from tinyllama.model.config import ModelConfig
 
 WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 4, 12
 BUS_GIGABYTES_PER_S = 25.0  # between a GPU and its host: PCIe 4.0 x16, measured rates
-# Dense bf16 FLOP/s and memory of one device: vendors' data sheets, without sparsity.
-DEVICES = {
-    "A100-40G": (312e12, 40e9),
-    "A100-80G": (312e12, 80e9),
-    "H100": (989e12, 80e9),
-    "H200": (989e12, 141e9),
-    "B200": (2250e12, 180e9),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +109,10 @@ def estimate(
     and traffic not overlapped: the pessimist's order, which is what stages are compared by. `advice` names a stage that
     fits and is more than 5% faster; None where there is none.
     """
-    peak, capacity = DEVICES[device]
+    limits = hardware.named(device)
     flops = {name: model.flops_per_token(sequence_length, name) for name in ("full", "all_parameters", "causal")}
     step_tokens = micro * accumulation * ranks * sequence_length
-    compute_s = step_tokens * flops["full"] / (peak * mfu * ranks)
+    compute_s = step_tokens * flops["full"] / (limits.flops_per_s * mfu * ranks)
     stages: dict[int, dict[str, Any]] = {}
     for number in (1, 2, 3):
         need = memory(model, number, ranks, micro * sequence_length, checkpointing, offload, machine_ranks)
@@ -127,7 +120,7 @@ def estimate(
         bus = bus_bytes_per_step(model, ranks, offload)
         stages[number] = {
             "memory_bytes": {**dataclasses.asdict(need), "total": need.total},
-            "fits": need.total <= 0.92 * capacity,  # what allocators and libraries leave
+            "fits": need.total <= 0.92 * limits.memory_bytes,  # what allocators and libraries leave
             "bytes_per_step": traffic,
             "bus_bytes_per_step": bus,
             "step_s": compute_s + traffic / (gigabytes_per_s * 1e9) + bus / (BUS_GIGABYTES_PER_S * 1e9),
@@ -140,7 +133,7 @@ def estimate(
         "total_flops": tokens * flops["full"],
         "tokens": tokens,
         "step_tokens": step_tokens,
-        "device": device,
+        "device": limits.name,
         "assumed_mfu": mfu,
         "assumed_gigabytes_per_s": gigabytes_per_s,
         "stage": stage,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyllama.errors import MissingExtraError
+from train import accelerators
 from train.nodes import Nodes
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
@@ -69,7 +70,8 @@ def runner_command(arguments: Sequence[str]) -> list[str]:
 
 def node_command(nodes: Nodes) -> list[str]:
     """The part of DeepSpeed's launcher that starts one machine's ranks, where it is known which: seconds earlier."""
-    slots = list(range(nodes.accelerators))
+    # Of the other machines only the number of ranks counts here: each starts its own.
+    slots = accelerators.slots(nodes.accelerators, os.environ.get("CUDA_VISIBLE_DEVICES"))
     world = json.dumps({f"node-{number}": slots for number in range(nodes.count)}).encode()
     command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "warning"]
     command += [f"--world_info={base64.urlsafe_b64encode(world).decode()}", f"--node_rank={nodes.rank}"]

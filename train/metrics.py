@@ -22,13 +22,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from tinyllama.errors import ConfigError
+from tinyllama.hardware import training_peak
 
 if TYPE_CHECKING:
     from tinyllama.model.kernels import Choice
-
-# Dense bf16 peaks in FLOP/s, by a part of the device's name (vendors' data sheets, without sparsity).
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12,
-              "L40S": 362e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}  # fmt: skip
 
 
 def measure_matmul_flops(size: int = 2048, seconds: float = 1.0) -> float:
@@ -47,16 +44,15 @@ def measure_matmul_flops(size: int = 2048, seconds: float = 1.0) -> float:
 
 
 def peak_flops() -> tuple[float, str]:
-    """(FLOP/s of one rank's device, how it is known); collective on the CPU."""
+    """(FLOP/s of one rank's device, how it is known); collective on the CPU.
+
+    A GPU's bf16 peak, also under FP8: that MFU is bf16-equivalent.
+    """
     import torch
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        for part, peak in PEAK_FLOPS.items():
-            if part in name:
-                return peak, f"data sheet of {part}"
-        return math.nan, f"no data sheet known for {name}"
+        return training_peak(torch.cuda.get_device_name())
     # All ranks at once, as in training: they share the memory and often the clock.
     dist.barrier()
     measured = torch.tensor([measure_matmul_flops()], dtype=torch.float64)
@@ -204,7 +200,8 @@ class TrainingConsole:
     def step(self, entry: dict[str, Any]) -> None:
         """Show one logged step; without a terminal only about every fiftieth part of the run is printed."""
         loss, rate, norm = entry["loss"], entry["tokens_per_s"], entry["grad_norm"]
-        line = f"loss {loss:.3f}  lr {entry['lr']:.2e}  |g| {norm:.2f}  {rate:,.0f} tok/s  MFU {entry['mfu']:.1%}"
+        mfu = f"{entry['mfu']:.1%}" if math.isfinite(entry["mfu"]) else "unknown"
+        line = f"loss {loss:.3f}  lr {entry['lr']:.2e}  |g| {norm:.2f}  {rate:,.0f} tok/s  MFU {mfu}"
         epochs = ", ".join(f"{name} {count:.2f}" for name, count in entry["epochs"].items())
         line += f"  {entry['peak_memory_bytes'] / 1e9:.1f} GB  epochs {epochs}"
         if entry["skipped_steps"]:

@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -35,8 +36,8 @@ from tinyllama import host_memory  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
+from train import accelerators, start  # noqa: E402
 from train import plan as planning  # noqa: E402
-from train import start  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
@@ -110,7 +111,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     recipe = load_recipe(arguments.recipe, arguments.set)
     deepspeed_config = planning.read_deepspeed(arguments.deepspeed)
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", ranks)))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))  # 0: not said
+    ranks_per_node = local_size or ranks
     deepspeed_config, plan = planning.resolve_deepspeed(deepspeed_config, recipe, ranks, ranks_per_node)
     mixture = planning.open_mixture(recipe, arguments.data)
     tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
@@ -121,9 +123,12 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     deepspeed_config, monitor_sections = take_monitors(deepspeed_config, output)
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
+    accelerators.hide_gpus_if_unwanted()
     import torch
     import torch.distributed as dist
 
+    local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank))
+    accelerators.refuse_too_many(max(local_rank + 1, local_size), torch.cuda.device_count())
     if not torch.cuda.is_available():
         host_memory.keep()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -152,7 +157,6 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from train.proof import Proof
     from train.validation import validate
 
-    local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -256,7 +260,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,
             "flops_per_token": flops,
-            "peak_flops": peak if peak == peak else None,
+            "peak_flops": peak if math.isfinite(peak) else None,
             "peak_flops_source": peak_source,
             "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
@@ -274,6 +278,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
     console.print(kernel_table(choices))
+    if not math.isfinite(peak):
+        console.print(f"[yellow]MFU is unknown[/]: {escape(peak_source)} (the table: tinyllama/hardware.py)")
     began = (
         f"starting from the weights of {escape(state['init_from']['path'])}"
         if state["init_from"]

@@ -16,10 +16,10 @@ from tinyllama.report.palette import DARK, LIGHT, SERIES, contrast
     [
         ("NVIDIA A100-SXM4-40GB", "A100-40G"),
         ("NVIDIA A100-SXM4-80GB", "A100-80G"),
-        ("NVIDIA A100 80GB PCIe", "A100-80G"),
+        ("NVIDIA A100 80GB PCIe", "A100-80G-PCIe"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H200", "H200"),
-        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GH200 480GB", "GH200"),
         ("AMD EPYC 7B13", None),
     ],
 )

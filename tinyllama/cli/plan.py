@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinyllama import hardware
+
 if TYPE_CHECKING:
     from tinyllama.planner.cost import Costs
     from tinyllama.planner.plan import Goal, Request
@@ -40,7 +42,7 @@ def plan_command(
     max_epochs: Annotated[float | None, typer.Option(help="Times each may be seen. Default: 4.")] = None,
     fit: Annotated[str, typer.Option(help="Scaling law, or all: the first of them leads.")] = "all",
     minimise: Annotated[str, typer.Option(help="flops or dollars, of training and serving together.")] = "flops",
-    device: Annotated[str, typer.Option(help="Trained on, of the price table.")] = "H100",
+    device: Annotated[str, typer.Option(help=f"Trained on: {', '.join(hardware.NAMES)}, or of --prices.")] = "H100",
     inference_device: Annotated[str | None, typer.Option(help="Served on. Default: --device.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Training MFU, counted by 6 N. Default: 0.4.")] = None,
     run: Annotated[Path | None, typer.Option(help="Take the MFU that this run of tinyllama train reached.")] = None,

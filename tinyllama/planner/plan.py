@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+from tinyllama import hardware
 from tinyllama.planner.allocation import Allocation, Frontier, PlanError, break_even_demand, implied_demand
 from tinyllama.planner.cost import INPUT_MFU, OUTPUT_MFU, Costs
 from tinyllama.planner.fits import CAVEATS, Fit
@@ -178,9 +179,15 @@ def common_caveats(request: Request) -> list[str]:
     if math.isfinite(request.data.unique):
         caveats.append("What repeats are worth was measured with Muennighoff et al.'s own fit; other fits borrow it.")
     measured, priced = request.costs.measured, request.costs.inference.name
-    if measured and priced.partition("-")[0].lower() not in measured.device.lower():
+    if measured and not is_called(measured.device, priced):
         caveats.append(f"Serving was measured on {measured.device} and is priced as {priced}.")
     return caveats
+
+
+def is_called(driver_name: str, name: str) -> bool:
+    """Whether a measured device is the one priced as `name`; one of a user's own table by the first word of its name."""
+    known = hardware.find(driver_name)
+    return known.name == name if known else name.partition("-")[0].lower() in driver_name.lower()
 
 
 def assumptions(request: Request) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The table of prices: what an hour of a device costs, and its peak. A user's own table lies over the shipped one."""
+"""The table of prices: what an hour of a device costs. A user's own table lies over the shipped one.
+
+Peaks are those of `tinyllama.hardware`; a user's table may add devices with a peak of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinyllama import hardware
 from tinyllama.errors import ConfigError, nearest
 
 PRICES = Path(__file__).parent / "prices.json"
 DEFAULT_DEVICE = "H100"
 FIELDS = ("dollars_per_hour", "peak_flops")
+EXAMPLE = '{"MI300X": {"dollars_per_hour": 2, "peak_flops": 1e15}}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Device:
 
 def load_prices(path: Path | None = None) -> dict[str, Device]:
     """The shipped table with the user's over it: `{"H100": 1.99, "MI300X": {"dollars_per_hour": 2, "peak_flops": 1e15}}`."""
-    table: dict[str, dict[str, float]] = json.loads(PRICES.read_text())
+    shipped: dict[str, dict[str, float]] = json.loads(PRICES.read_text())
+    table = {name: {**fields, "peak_flops": hardware.named(name).flops_per_s} for name, fields in shipped.items()}
     for name, entry in (read_object(path, "--prices") if path else {}).items():
         fields = entry if isinstance(entry, dict) else {"dollars_per_hour": entry}
         for key, value in fields.items():
@@ -36,7 +42,7 @@ def load_prices(path: Path | None = None) -> dict[str, Device]:
         table[name] = {**table.get(name, {}), **fields}
         missing = [key for key in FIELDS if key not in table[name]]
         if missing:
-            raise ConfigError(f"{path}: {name} has no {missing[0]}", fix="add it, as in tinyllama/planner/prices.json")
+            raise ConfigError(f"{path}: {name} has no {missing[0]}", fix=f"add it: {EXAMPLE}")
     return {name: Device(name, **fields) for name, fields in table.items()}
 
 

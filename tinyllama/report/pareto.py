@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from tinyllama import hardware
 from tinyllama.planner.cost import OUTPUT_MFU, Costs, dollars_per_million_tokens
 from tinyllama.planner.prices import DEFAULT_DEVICE, Device
 from tinyllama.report import evaluation
@@ -49,9 +50,14 @@ class Point:
 
 
 def find_price(name: str, prices: dict[str, Device]) -> Device | None:
-    """The device of the price table that a measured device's name means: A100-40G is in NVIDIA A100-SXM4-40GB."""
+    """The device of the price table that a measured device's name means: NVIDIA A100-SXM4-40GB is A100-40G.
+
+    Devices that a user added to the prices are looked for by the words of their names.
+    """
+    if gpu := hardware.find(name):
+        return prices.get(gpu.name)
     for known, device in prices.items():
-        if all(
+        if known not in hardware.NAMES and all(
             re.search(rf"(?<![0-9A-Z]){re.escape(part)}B?(?![0-9A-Z])", name.upper())
             for part in known.upper().split("-")
         ):

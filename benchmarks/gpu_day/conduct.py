@@ -138,7 +138,7 @@ class Day:
             wheels = sorted(str(path) for path in (PACK / "wheels").glob("*.whl"))
             target = ["--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(self.site)]
             return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *target, *wheels]
-        return [sys.executable, "-m", f"gpu_day.{part.module}", str(stage.number), part.name]
+        return [sys.executable, "-m", part.module, str(stage.number), part.name]
 
     def run_part(self, stage: plan.Stage, index: int, end_at: float) -> None:
         part = stage.parts[index]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 TOTAL_S = 500.0
-TINY_FACTOR = 6  # of every limit, where a CPU computes
+TINY_FACTOR = 12  # of every limit, where a CPU computes
 TABLE_S = 8.0  # of it; kept for ending what still runs, and for the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process: `python -m gpu_day.<module> <name>`. least_s: below this it is not begun."""
+    """One process: `python -m <module> <stage> <name>`. least_s: below this it is not begun."""
 
     name: str
     module: str
@@ -29,22 +29,22 @@ class Stage:
 
 
 STAGES = (
-    Stage(0, "the machine", 30, (Part("install", "", 5), Part("machine", "machine", 10))),
-    Stage(1, "kernels", 50, (Part("times", "kernel_times", 15), Part("tests", "gpu_tests", 10))),
+    Stage(0, "the machine", 30, (Part("install", "", 5), Part("machine", "gpu_day.machine", 10))),
+    Stage(1, "kernels", 50, (Part("times", "gpu_day.kernel_times", 15), Part("tests", "gpu_day.gpu_tests", 10))),
     Stage(
         2,
         "the 1.1B step",
         140,
-        (Part("plain", "step", 25), Part("zero1", "step", 30), Part("zero3", "step", 30)),
+        (Part("plain", "gpu_day.step", 25), Part("zero1", "gpu_day.step", 30), Part("zero3", "gpu_day.step", 30)),
     ),
-    Stage(3, "reproducibility", 70, (Part("default", "reproduce", 25), Part("deterministic", "reproduce", 25))),
-    Stage(4, "tinyllama train, 1.1B", 150, (Part("train", "training", 75),)),
-    Stage(5, "native evaluation", 60, (Part("scores", "scores", 25),)),
+    Stage(3, "reproducibility", 70, (Part("default", "gpu_day.reproduce", 25), Part("deterministic", "gpu_day.reproduce", 25))),
+    Stage(4, "tinyllama train, 1.1B", 150, (Part("train", "gpu_day.training", 75),)),
+    Stage(5, "native evaluation", 60, (Part("scores", "gpu_day.scores", 25),)),
     Stage(
         6,
         "if time is left",
         0,
-        (Part("resume", "training", 40), Part("fp8", "step", 35), Part("deepcompile", "step", 40)),
+        (Part("resume", "gpu_day.training", 40), Part("fp8", "gpu_day.step", 35), Part("deepcompile", "gpu_day.step", 40)),
     ),
 )  # fmt: skip
 

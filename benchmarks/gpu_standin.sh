@@ -17,11 +17,12 @@ home=$(cd "$1" && pwd)
 shift
 environment=$home/env
 stages=()
+numbers=()
 only_environment=
 while [ $# -gt 0 ]; do
     case $1 in
     --env) environment=$2; shift 2 ;;
-    --stage) stages=(--stage "$2"); shift 2 ;;
+    --stage) stages+=(--stage "$2"); numbers+=("$2"); shift 2 ;;
     --only-environment) only_environment=1; shift ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
     esac
@@ -60,11 +61,12 @@ copy=$(mktemp -d "$home/tree.XXXXXX")
 trap 'rm -rf "$copy"' EXIT
 git ls-files -z --cached --others --exclude-standard | (while IFS= read -r -d '' name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done) |
     tar --null --files-from - --create | tar --extract --directory "$copy"
-PYTHON=${PYTHON:-$tree/.venv/bin/python} "$copy/benchmarks/gpu_day.sh" pack
+PACKED_COMMIT=$(git describe --always --dirty --abbrev=12) PYTHON=${PYTHON:-$tree/.venv/bin/python} \
+    "$copy/benchmarks/gpu_day.sh" pack
 
 rm -rf "$home/out"
 # Without a network for pip and the Hugging Face libraries, and without a GPU even where there is one.
 env PYTHON="$environment/bin/python" OUT="$home/out" WORK="$copy/.gpu-work" SHAPE=tiny CUDA_VISIBLE_DEVICES= \
     PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONPATH= "$copy/benchmarks/gpu_day.sh" run "${stages[@]}"
 cd "$copy/benchmarks"
-"$environment/bin/python" -m gpu_day.check "$home/out"
+"$environment/bin/python" -m gpu_day.check "$home/out" "${numbers[@]}"

@@ -37,7 +37,12 @@ STAGES = (
         140,
         (Part("plain", "gpu_day.step", 25), Part("zero1", "gpu_day.step", 30), Part("zero3", "gpu_day.step", 30)),
     ),
-    Stage(3, "reproducibility", 70, (Part("default", "gpu_day.reproduce", 25), Part("deterministic", "gpu_day.reproduce", 25))),
+    Stage(
+        3,
+        "reproducibility",
+        70,
+        (Part("default", "gpu_day.reproduce", 25), Part("deterministic", "gpu_day.reproduce", 25)),
+    ),
     Stage(4, "tinyllama train, 1.1B", 150, (Part("train", "gpu_day.training", 75),)),
     Stage(5, "native evaluation", 60, (Part("scores", "gpu_day.scores", 25),)),
     Stage(

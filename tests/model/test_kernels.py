@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tinyllama.errors import ConfigError
 from tinyllama.model import ops
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.kernels import PLAIN, TABLE, Choice, Machine, Setting, choose, confirm, decide, what_ran
+from tinyllama.model.kernels import PLAIN, TABLE, Choice, Machine, Setting, choose, confirm, decide, what_ran, within
 from tinyllama.model.llama import Llama
 from tinyllama.model.ops import IGNORE_INDEX
 from tinyllama.model.ran import classify
@@ -427,3 +427,21 @@ def test_a_gpu_kernel_that_is_not_installed_names_the_extra():
     for operation, name in missing:
         with pytest.raises(ConfigError, match=r"tinyllama\[gpu\]"):
             choose({operation: name}, setting)
+
+
+@pytest.mark.parametrize(("backend", "fused"), [("FLASH_ATTENTION", True), ("MATH", False)])
+def test_a_backend_of_torch_is_named_in_the_compiled_graph_and_breaks_none(backend, fused):
+    from torch._dynamo.backends.common import aot_autograd
+
+    operators: list[str] = []
+
+    def keep(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(within(backend), backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=False)
+    compiled(*[x.requires_grad_() for x in inputs("attention")]).sum().backward()
+    flash = "aten._scaled_dot_product_flash_attention_for_cpu"
+    assert any(name.startswith(flash) for name in operators) == fused
+    assert any(name.startswith(f"{flash}_backward") for name in operators) == fused
+    assert any(name.startswith("aten.bmm") for name in operators) != fused

@@ -98,7 +98,7 @@ def _flash_attn_2(setting: Setting) -> Callable[..., Tensor]:
     return attention
 
 
-def _within(backend: str) -> Callable[..., Tensor]:
+def within(backend: str) -> Callable[..., Tensor]:
     """torch's attention by one backend; an error where that refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,7 +118,7 @@ def _flash_in_torch(version: str) -> Callable[[Setting], Callable[..., Tensor]]:
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl(version)
-        return _within("FLASH_ATTENTION")
+        return within("FLASH_ATTENTION")
 
     return build
 
@@ -249,7 +249,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         ),
         "cudnn": Kernel(
             all_of(no_cudnn, *_LIMITS, not_deterministic),
-            lambda _: _within("CUDNN_ATTENTION"),
+            lambda _: within("CUDNN_ATTENTION"),
             _cudnn_is_fastest,
             "cudnn",
         ),

@@ -39,6 +39,7 @@ from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E4
 from train import accelerators, start  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.batch import model_inputs  # noqa: E402
+from train.determinism import make_deterministic  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
 from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
@@ -129,6 +130,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank))
     accelerators.refuse_too_many(max(local_rank + 1, local_size), torch.cuda.device_count())
+    if recipe.training.deterministic:
+        make_deterministic()  # before the GPU is touched
     if not torch.cuda.is_available():
         host_memory.keep()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -140,7 +143,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     from tinyllama import checkpoint
     from tinyllama.model.hf import fill
-    from tinyllama.model.kernels import Setting, choose
+    from tinyllama.model.kernels import Setting, choose, confirm
     from tinyllama.model.llama import Block, Llama
     from train import generators
     from train import state as saved
@@ -220,11 +223,18 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         fill(model, start.tensors(origin), str(origin))
     else:
         model.initialize(recipe.training.seed)
-    kernels, choices = choose(
-        dataclasses.asdict(recipe.training.kernels),
-        Setting(device, recipe.training.compile is not None, recipe.data.document_masking),
+    setting = Setting(
+        device,
+        compiled=recipe.training.compile is not None,
+        documents=recipe.data.document_masking,
+        deterministic=recipe.training.deterministic,
+        low_precision=any(deepspeed_config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")),
     )
+    kernels, choices = choose(dataclasses.asdict(recipe.training.kernels), setting)
     model.use(kernels)
+    doubts: list[str] = []
+    if device.type == "cuda":
+        choices, doubts = confirm(kernels, choices, setting, recipe.model, recipe.data.sequence_length)
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -264,6 +274,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "peak_flops_source": peak_source,
             "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
+            "kernels_ran": {choice.operation: choice.ran for choice in choices if choice.ran},
             "mixture_sha256": mixture.sha256,
             "versions": state["versions"],
             "git": state["git"],
@@ -280,6 +291,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     console.print(kernel_table(choices))
     if not math.isfinite(peak):
         console.print(f"[yellow]MFU is unknown[/]: {escape(peak_source)} (the table: tinyllama/hardware.py)")
+    for doubt in doubts:
+        console.print(f"[yellow]{escape(doubt)}[/]")
     began = (
         f"starting from the weights of {escape(state['init_from']['path'])}"
         if state["init_from"]

@@ -75,17 +75,26 @@ def test_run_directory_has_what_is_promised(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("stage", "masked"),
-    [(3, False), (3, True), (2, False), (1, False)],
-    ids=["zero3", "zero3-masked", "zero2", "zero1"],
+    ("stage", "masked", "compiled"),
+    [
+        pytest.param(3, False, "null", id="zero3"),
+        pytest.param(3, True, "null", id="zero3-masked"),
+        pytest.param(3, True, "block", id="zero3-masked-compiled", marks=pytest.mark.slow),
+        pytest.param(2, False, "null", id="zero2"),
+        pytest.param(1, False, "null", id="zero1"),
+    ],
 )
-def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked):
+def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked, compiled):
     """The whole engine in fp32 against the same model, batches and AdamW without DeepSpeed."""
     config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
     config["bf16"] = {"enabled": False}
     (tmp_path / "fp32.json").write_text(json.dumps(config))
     more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
-    more += [f"data.document_masking={str(masked).lower()}"]
+    more += [
+        f"data.document_masking={str(masked).lower()}",
+        f"training.compile={compiled}",
+        f"training.deterministic={str(stage == 2).lower()}",
+    ]
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
     recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyllama.model import ops
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.kernels import PLAIN, Kernels
+from tinyllama.model.kernels import PLAIN, Documents, Kernels
 from tinyllama.model.ops import IGNORE_INDEX as IGNORE_INDEX  # part of this module's interface
 
 
@@ -83,13 +83,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The attention mask of packed documents: (B, T) document numbers to (B, 1, T, T), causal inside each document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal).unsqueeze(1)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -111,6 +104,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         b, t, _ = x.shape
         head_dim = self.config.head_dim
@@ -120,6 +114,8 @@ class Attention(nn.Module):
         q, k = self.kernels.rotary(q, k, cos, sin)
         if cache is not None:
             return self.o_proj(cache.attend(layer, q, k, v, mask))
+        if documents is not None:
+            return self.o_proj(self.kernels.attention(q, k, v, documents))
         if mask is None and torch.is_grad_enabled():
             return self.o_proj(self.kernels.attention(q, k, v))
         return self.o_proj(ops.sdpa(q, k, v, mask))
@@ -148,7 +144,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.compiled: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -158,10 +154,11 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         if self.compiled is not None and mask is None and cache is None and torch.is_grad_enabled():
-            return self.compiled(x, cos, sin)
-        return self.compute(x, cos, sin, mask, cache, layer)
+            return self.compiled(x, cos, sin, documents=documents)
+        return self.compute(x, cos, sin, mask, cache, layer, documents)
 
     def compute(
         self,
@@ -171,9 +168,10 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The layer itself, without the choice between it and its compiled form."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -189,7 +187,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         x = self.embed_tokens(ids)  # (B, T, C)
@@ -203,9 +206,9 @@ class Decoder(nn.Module):
             mask = query[:, None] >= torch.arange(past + ids.shape[1], device=ids.device)[None, :]  # (T, S)
         for index, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, cache, index, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, cache, index, documents, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, index)
+                x = layer(x, cos, sin, mask, cache, index, documents)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
@@ -231,6 +234,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = PLAIN
         self.model = Decoder(config)
         self.lm_head = Head(config)
 
@@ -244,8 +248,8 @@ class Llama(nn.Module):
         """Compile each block's training pass; all blocks share one compiled function.
 
         What hooks do around a module stays outside the compiler, so ZeRO-3 must gather a block's weights as one
-        (`deepspeed.utils.set_z3_leaf_modules`). Masks, caches and passes without gradients go uncompiled: their shapes
-        change from call to call.
+        (`deepspeed.utils.set_z3_leaf_modules`). Masks of other kinds than documents, caches and passes without gradients
+        go uncompiled: their shapes change from call to call.
         """
         for layer in self.model.layers:
             layer.compiled = torch.compile(layer.compute, dynamic=False)
@@ -287,12 +291,12 @@ class Llama(nn.Module):
         ids: (B, T) int64. targets: (B, T) int64, already shifted, IGNORE_INDEX where there is no loss.
         positions: (B, T) or (1, T); default 0..T-1, after the cache's length. mask: boolean, broadcastable to
         (B, H, T, S), True where attention is allowed; default causal. documents: (B, T), the number of each token's
-        document; attention then stays inside a document. last_only: logits of the last position alone.
+        document; attention then stays inside a document (not with a mask or a cache). last_only: logits of the last
+        position alone.
         Returns (B, T, V) logits, or the scalar fp32 SUM of cross-entropy over the targets (divide by their count).
         """
-        if documents is not None:
-            mask = document_mask(documents)
-        hidden = self.model(ids, positions, mask, cache)  # (B, T, C)
+        layout = None if documents is None else self.kernels.layout(documents)
+        hidden = self.model(ids, positions, mask, cache, layout)  # (B, T, C)
         if targets is None:
             return self.lm_head(hidden[:, -1:] if last_only else hidden)
         return self.lm_head(hidden, targets)

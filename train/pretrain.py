@@ -282,6 +282,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "peak_flops_source": peak_source,
             "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
+            "kernels_ran": {choice.operation: choice.ran for choice in choices if choice.ran},
             "mixture_sha256": mixture.sha256,
             "versions": state["versions"],
             "git": state["git"],

@@ -164,8 +164,9 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (M, N), fp32, plus a (M, L) @ b (L, N), in place.
 
     On a GPU the product itself adds into the total: no product in low precision is written, read and rounded first.
+    (Not inside a whole compiled model, where the compiler has no such product.)
     """
-    if total.device.type == "cuda":
+    if total.device.type == "cuda" and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a @ b

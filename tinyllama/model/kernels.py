@@ -167,8 +167,7 @@ def _liger_loss(_: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _chunked(setting: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if not setting.compiled:
         return ops.chunked_loss
-    of_logits = ops.loss_and_gradient_ if setting.machine.device == "cuda" else ops.loss_and_gradient
-    return functools.partial(ops.chunked_loss, of_logits=torch.compile(of_logits, dynamic=False))
+    return functools.partial(ops.chunked_loss, of_logits=torch.compile(ops.loss_and_gradient, dynamic=False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,12 +154,6 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.to(logits.dtype)
 
 
-def loss_and_gradient_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `loss_and_gradient`, the gradient written over the logits: a chunk of them lies in memory once."""
-    loss, gradient = loss_and_gradient(logits, targets)
-    return loss, logits.copy_(gradient)
-
-
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (M, N), fp32, plus a (M, L) @ b (L, N), in place.
 
@@ -172,7 +166,7 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-LOGITS_BYTES = 512 * 2**20  # of a chunk in 16 bits, on a GPU
+LOSS_BYTES = 2**30  # for a chunk's logits and their gradient in 16 bits, on a GPU
 
 
 def loss_chunk_tokens(vocabulary: int, device: str) -> int:
@@ -183,7 +177,7 @@ def loss_chunk_tokens(vocabulary: int, device: str) -> int:
     """
     if device != "cuda":
         return 1024
-    most = LOGITS_BYTES // (2 * vocabulary)
+    most = LOSS_BYTES // (4 * vocabulary)
     return min(16384, max(1024, 1 << (most.bit_length() - 1)))
 
 

@@ -134,6 +134,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from rich.markup import escape
 
     from tinyllama import checkpoint
+    from tinyllama.model import fp8
     from tinyllama.model.hf import fill
     from tinyllama.model.kernels import Setting, choose
     from tinyllama.model.llama import Block, Llama
@@ -216,11 +217,11 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         fill(model, start.tensors(origin), str(origin))
     else:
         model.initialize(recipe.training.seed)
-    kernels, choices = choose(
-        dataclasses.asdict(recipe.training.kernels),
-        Setting(device, recipe.training.compile is not None, recipe.data.document_masking),
-    )
+    setting = Setting(device, recipe.training.compile is not None, recipe.data.document_masking)
+    kernels, choices = choose(dataclasses.asdict(recipe.training.kernels), setting)
     model.use(kernels)
+    if recipe.training.precision == "fp8":
+        choices.append(fp8.convert(model, device, plan.micro * recipe.data.sequence_length))
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

@@ -23,6 +23,7 @@ SPIKE_POLICIES = ("warn", "skip", "rewind")
 SCHEDULES = ("cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 COMPILE = ("block", "whole")
+PRECISIONS = ("bf16", "fp8")
 KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
     "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "sdpa", "blocked"),
     "norm": ("liger", "torch"),
@@ -71,7 +72,8 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing.
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. precision: of the matrix
+    products of the blocks, "bf16" (the DeepSpeed file's own) or "fp8" (`tinyllama/model/fp8.py`).
     """
 
     tokens: int = 3_000_000_000_000
@@ -79,6 +81,7 @@ class TrainingConfig:
     micro_batch_sequences: int | None = None
     activation_checkpointing: bool = False
     compile: str | None = "block"
+    precision: str = "bf16"
     kernels: KernelsConfig = KernelsConfig()
     seed: int = 1337
     log_every_steps: int = 1
@@ -209,6 +212,7 @@ class Recipe:
             ("optimizer.schedule", opt.schedule, SCHEDULES),
             ("optimizer.decay_shape", opt.decay_shape, DECAY_SHAPES),
             ("training.compile", self.training.compile, COMPILE),
+            ("training.precision", self.training.precision, PRECISIONS),
             *((f"training.kernels.{k}", getattr(self.training.kernels, k), names) for k, names in KERNELS.items()),
         ]
         for key, name, valid in named:

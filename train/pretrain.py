@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from rich.markup import escape
 
     from tinyllama import checkpoint
-    from tinyllama.model import fp8
+    from tinyllama.model.fp8 import set_precision
     from tinyllama.model.hf import fill
     from tinyllama.model.kernels import Setting, choose
     from tinyllama.model.llama import Block, Llama
@@ -220,8 +220,9 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     setting = Setting(device, recipe.training.compile is not None, recipe.data.document_masking)
     kernels, choices = choose(dataclasses.asdict(recipe.training.kernels), setting)
     model.use(kernels)
-    if recipe.training.precision == "fp8":
-        choices.append(fp8.convert(model, device, plan.micro * recipe.data.sequence_length))
+    bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
+    micro_batch_tokens = plan.micro * recipe.data.sequence_length
+    choices.append(set_precision(recipe.training.precision, bf16, model, device, micro_batch_tokens))
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

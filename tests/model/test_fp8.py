@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from tinyllama.errors import ConfigError
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.fp8 import convert, refusal
+from tinyllama.model.fp8 import convert, refusal, set_precision
 from tinyllama.model.llama import Llama
 
 CPU = torch.device("cpu")
@@ -112,9 +112,32 @@ def test_what_cannot_be_used_is_refused_by_name(device, capability, sizes, words
     assert refusal(device, capability, sizes) == words
 
 
+def test_the_table_names_the_precision_and_float8_needs_bf16_weights():
+    model = build(False)
+    rows = [set_precision("bf16", bf16, model, CPU, 64) for bf16 in (True, False)]
+    assert [(row.operation, row.kernel) for row in rows] == [("matrix products", "bf16"), ("matrix products", "fp32")]
+    assert {type(module).__name__ for module in model.modules()}.isdisjoint({"Float8Linear"})
+    with pytest.raises(ConfigError, match=r"needs bf16 weights; set bf16.enabled"):
+        set_precision("fp8", False, model, CPU, 64)
+    row = set_precision("fp8", True, model, CPU, 64)
+    assert row.kernel == "fp8 tensorwise (torchao)"
+    assert "emulated on a CPU" in row.why
+
+
 def test_sizes_that_do_not_fit_are_an_error_that_names_the_layer():
-    with pytest.raises(ConfigError, match=r"precision='fp8' needs multiples of 16, micro_batch.* is 72; set training.p"):
+    with pytest.raises(
+        ConfigError, match=r"precision='fp8' needs multiples of 16, micro_batch.* is 72; set training.p"
+    ):
         convert(Llama(CONFIG), CPU, 72)
     narrow = Llama(dataclasses.replace(CONFIG, intermediate_size=172))
     with pytest.raises(ConfigError, match=r"the output of model.layers.0.mlp.gate_up_proj is 344"):
         convert(narrow, CPU, 64)
+
+
+def test_a_converted_block_is_one_graph_to_the_compiler(ids):
+    """fullgraph: an error at any break. Float8 without the compiler that fuses its roundings is slower than bf16."""
+    model = build(True)
+    for layer in model.model.layers:
+        layer.compiled = torch.compile(layer.compute, dynamic=False, fullgraph=True, backend="aot_eager")
+    expected = build(True)(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), expected)

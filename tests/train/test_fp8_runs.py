@@ -44,7 +44,9 @@ def test_sequences_that_do_not_fit_are_one_line(stores, tmp_path):
     settings = ("training.precision=fp8", "data.sequence_length=60", "training.batch_tokens=720")
     done = train(stores, tmp_path / "run", *settings, "training.micro_batch_sequences=2", ranks=1, check=False)
     assert done.returncode == 2
-    assert "training.precision='fp8' needs multiples of 16, micro_batch_sequences x sequence_length is 120" in done.stderr
+    assert (
+        "training.precision='fp8' needs multiples of 16, micro_batch_sequences x sequence_length is 120" in done.stderr
+    )
     done = train(stores, tmp_path / "run", "training.precision=fp16", check=False)
     assert done.returncode == 2
     assert "training.precision='fp16'" in done.stderr

@@ -84,7 +84,9 @@ def write_separately(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     """A checkpoint as ZeRO-3 wrote it before: half of every tensor, by its own name, on each of two ranks."""
     generator = torch.Generator().manual_seed(seed)
     whole = {
-        f"{kind}|{name}": torch.rand(shape, generator=generator) for name, shape in shapes(MODEL).items() for kind in KINDS
+        f"{kind}|{name}": torch.rand(shape, generator=generator)
+        for name, shape in shapes(MODEL).items()
+        for kind in KINDS
     }
     folder.mkdir()
     for rank in range(RANKS):

@@ -37,6 +37,22 @@ def refusal(device: str, capability: tuple[int, int], sizes: dict[str, int]) -> 
     return None
 
 
+def set_precision(precision: str, bf16: bool, model: Llama, device: torch.device, micro_batch_tokens: int) -> Choice:
+    """Apply `training.precision`; the row of the kernel table. bf16: whether DeepSpeed trains a bf16 copy of the weights.
+
+    Raises what `convert` raises, and ConfigError for float8 without bf16.
+    """
+    if precision == "fp8":
+        if not bf16:
+            raise ConfigError(
+                "training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file"
+            )
+        return convert(model, device, micro_batch_tokens)
+    return Choice(
+        "matrix products", "bf16" if bf16 else "fp32", "as the recipe says" if bf16 else "bf16.enabled is false"
+    )
+
+
 def convert(model: Llama, device: torch.device, micro_batch_tokens: int) -> Choice:
     """Let the linear layers of the blocks multiply in float8 where gradients are wanted; the row of the kernel table.
 

@@ -146,6 +146,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from rich.markup import escape
 
     from tinyllama import checkpoint
+    from tinyllama.model.fp8 import set_precision
     from tinyllama.model.hf import fill
     from tinyllama.model.kernels import Setting, choose, confirm
     from tinyllama.model.llama import Block, Llama
@@ -241,6 +242,9 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     doubts: list[str] = []
     if device.type == "cuda":
         choices, doubts = confirm(kernels, choices, setting, recipe.model, recipe.data.sequence_length)
+    bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
+    micro_batch_tokens = plan.micro * recipe.data.sequence_length
+    choices.append(set_precision(recipe.training.precision, bf16, model, device, micro_batch_tokens))
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

@@ -249,7 +249,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     optimizer = build_optimizer(model, recipe, "offload_optimizer" in deepspeed_config["zero_optimization"])
-    with memory.explained(plan, recipe.training.activation_checkpointing):
+    with memory.explained(None):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     if recipe.training.compile == "block":
         model.compile_blocks()

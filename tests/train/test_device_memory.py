@@ -145,6 +145,8 @@ def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
     least = explained(replace(plan, micro=1), checkpointing=True)
     with pytest.raises(ConfigError, match="use another ZeRO stage"), least:
         raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(ConfigError, match=r"for weights and optimizer.*zero3_offload"), explained(None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError), explained(plan, checkpointing=False, first=False):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 

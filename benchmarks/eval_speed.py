@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 COMMONSENSE = "hellaswag,openbookqa,winogrande,arc_challenge,arc_easy,boolq,piqa"
 # tasks, items of each leaf, and the bar that we set ourselves
-SUITES = {"commonsense": (COMMONSENSE, 200, 2.0), "mmlu": ("mmlu", 20, 4.0), "bbh": ("bbh", 8, 4.0)}
+SUITES = {"commonsense": (COMMONSENSE, 200, 2.4), "mmlu": ("mmlu", 20, 7.5), "bbh": ("bbh", 8, 4.5)}
 SHAPE = {
     "vocab_size": 32000,
     "hidden_size": 384,

@@ -33,7 +33,12 @@ def eval_command(
     batch_size: Annotated[
         int | None, typer.Option(help="Rows at a time; default as many as the machine takes.", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; default float32 on a CPU, bfloat16 on a GPU.", show_default=False
+        ),
+    ] = None,
     contamination: Annotated[
         Path | None,
         typer.Option(help="Report of tinyllama data contamination: adds the scores of the clean items."),

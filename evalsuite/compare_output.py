@@ -279,6 +279,7 @@ def as_csv(report: Report) -> str:
                     "protocol": score.protocol,
                     "limit": score.limit,
                     "data": score.bundle,
+                    "dtype": score.dtype,
                     "items": score.n,
                     "value": _rounded(score.value),
                     "low": _rounded(score.interval.low if score.interval else None),

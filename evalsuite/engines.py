@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any, Protocol
 
+from evalsuite.budget import Budget
+from evalsuite.cohorts import Prompt
 from evalsuite.forest import shares
-from evalsuite.generation import Generation, Prompt
-from evalsuite.scoring import Budget, Continuation, Work, log_likelihoods
+from evalsuite.generation import Generation
+from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 

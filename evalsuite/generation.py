@@ -2,117 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evalsuite.budget import Budget
+from evalsuite.cohorts import GROWTH, AnyCohort, Cohort, Prompt, Row, joined
 from evalsuite.forest import Forest, Pass, common_length
 from evalsuite.greedy import GreedyHead, not_numbers
-from evalsuite.scoring import Budget, Work, passes_of
+from evalsuite.scoring import Work, passes_of
+from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 
-GROWTH = 32  # positions by which a cohort's own keys and values grow
 WORTH_SHARING = 32  # tokens: a shorter common prefix is not worth a cohort of its own
-CROWDED = 0.75  # of a cohort's rows must be alive, else it is packed anew
 REPORTED = 8  # steps between two reports of how much is done
 WINDOW = 4  # tokens beyond a stop string's length that are decoded to look for it
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One request: tokens to continue by at most `most` others, the strings that end it, and how a token is chosen.
-
-    temperature 0 takes the most likely token; otherwise tokens are drawn from `seed`'s own stream, whatever else runs.
-    """
-
-    ids: list[int]
-    most: int
-    stops: tuple[str, ...]
-    temperature: float = 0.0
-    seed: int = 0
-
-
-@dataclasses.dataclass
-class Row:
-    """A prompt that is being continued. index: among the requests."""
-
-    index: int
-    prompt: Prompt
-    made: list[int] = dataclasses.field(default_factory=list)
-    ended: bool = False
-    generator: torch.Generator | None = None
-
-    def part(self) -> float:
-        """How much of what it may make is made; 1 when it has ended."""
-        return 1.0 if self.ended else len(self.made) / self.prompt.most
-
-    def take(self, token: int, eos: int) -> None:
-        """The next token; the end of text is not kept."""
-        self.ended = token == eos
-        if not self.ended:
-            self.made.append(token)
-            self.ended = len(self.made) >= self.prompt.most
-
-
-class Cohort:
-    """Rows whose prompts share a prefix: its keys and values are kept once, each row's own after it.
-
-    base: per layer keys and values (K, P, D). tails: per layer (R, K, capacity, D), row r filled up to lengths[r].
-    """
-
-    def __init__(
-        self, rows: list[Row], base: list[tuple[Tensor, Tensor]], tails: list[tuple[Tensor, Tensor]], lengths: list[int]
-    ) -> None:
-        self.rows, self.base, self.tails = rows, base, tails
-        self.lengths = torch.tensor(lengths, device=base[0][0].device)
-        self.width = max(lengths)
-
-    @property
-    def prefix(self) -> int:
-        return self.base[0][0].shape[1]
-
-    def alive(self) -> int:
-        return sum(not row.ended for row in self.rows)
-
-    def make_room(self) -> None:
-        """Before a step: one more position, and without the rows that ended, where they are many."""
-        alive = [number for number, row in enumerate(self.rows) if not row.ended]
-        if len(alive) < CROWDED * len(self.rows):
-            keep = torch.tensor(alive, device=self.lengths.device)
-            self.rows = [self.rows[number] for number in alive]
-            self.lengths = self.lengths[keep]
-            self.tails = [(keys[keep], values[keep]) for keys, values in self.tails]
-            self.width = int(self.lengths.max())
-        if self.width + 1 > self.tails[0][0].shape[2]:
-            grow = (0, 0, 0, GROWTH)
-            self.tails = [tuple(torch.nn.functional.pad(t, grow) for t in pair) for pair in self.tails]  # type: ignore[misc]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (R, H, D), k and v (R, K, D) of the rows' newest tokens: (R, H * D)."""
-        base_keys, base_values = self.base[layer]
-        tail_keys, tail_values = self.tails[layer]
-        count, heads, width = q.shape
-        groups = base_keys.shape[0]
-        each = heads // groups
-        number = torch.arange(count, device=q.device)
-        tail_keys[number, :, self.lengths] = k
-        tail_values[number, :, self.lengths] = v
-        used = self.width + 1
-        q = q.view(count, groups, each, width) * width**-0.5  # (R, K, G, D)
-        own = q @ tail_keys[:, :, :used].transpose(2, 3)  # (R, K, G, used)
-        beyond = torch.arange(used, device=q.device) > self.lengths[:, None]
-        own = own.masked_fill(beyond[:, None, None], float("-inf"))
-        shared = q.transpose(0, 1).reshape(groups, count * each, width) @ base_keys.transpose(1, 2)  # (K, R * G, P)
-        shared = shared.view(groups, count, each, self.prefix).transpose(0, 1)  # (R, K, G, P)
-        weights = torch.cat((shared, own), -1).float().softmax(-1).to(q.dtype)
-        of_base = weights[..., : self.prefix].transpose(0, 1).reshape(groups, count * each, self.prefix) @ base_values
-        of_base = of_base.view(groups, count, each, width).transpose(0, 1)  # (R, K, G, D)
-        return (of_base + weights[..., self.prefix :] @ tail_values[:, :, :used]).reshape(count, -1)
 
 
 class CohortsCache:
@@ -120,7 +28,7 @@ class CohortsCache:
 
     length = 0
 
-    def __init__(self, cohorts: list[Cohort]) -> None:
+    def __init__(self, cohorts: Sequence[AnyCohort]) -> None:
         self.cohorts = cohorts
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -133,8 +41,7 @@ class CohortsCache:
     def advance(self, tokens: int) -> None:
         """Every row of every cohort has one token more."""
         for cohort in self.cohorts:
-            cohort.lengths += 1
-            cohort.width += 1
+            cohort.advance()
 
 
 class Generation:
@@ -160,14 +67,19 @@ class Generation:
         work.tree += self.forest.size
         work.alone += sum(len(row.prompt.ids) for row in self.rows)
         waiting = self._admitted(budget, work)
-        cohorts: list[Cohort] = []
+        cohorts: list[AnyCohort] = []
+        batched = budget.batches(self.device.type)
         more, steps = True, 0
         while more or cohorts:
+            changed = False
             while more and sum(cohort.alive() for cohort in cohorts) <= budget.rows // 2:
                 found = next(waiting, None)
                 more = found is not None
                 cohorts += found or []
+                changed = changed or found is not None
             cohorts = [cohort for cohort in cohorts if cohort.alive()]
+            if batched and (changed or any(cohort.sparse() for cohort in cohorts)):
+                cohorts = list(joined(cohorts))
             if cohorts:
                 self._step(cohorts)
                 work.generated += sum(len(cohort.rows) for cohort in cohorts)
@@ -178,7 +90,7 @@ class Generation:
 
     def _admitted(self, budget: Budget, work: Work) -> Iterator[list[Cohort]]:
         """Pass by pass, the cohorts of the prompts that it completes, each row with its first token."""
-        small = Budget(min(budget.tokens, 4 * budget.rows * WORTH_SHARING), budget.rows)
+        small = Budget(min(budget.tokens, 4 * budget.rows * WORTH_SHARING), budget.rows, budget.batched)
         for cut, cache, hidden in passes_of(self.model, self.forest, small, True, work):
             finished = [p for p in cut.pieces if p.last == len(self.forest.sequences[p.sequence])]
             last = torch.tensor([p.offset + p.size - 1 for p in finished], dtype=torch.int64, device=self.device)
@@ -211,22 +123,21 @@ class Generation:
 
     def _cohort(self, sequences: list[int], shared: int, cache: TreeCache) -> Cohort:
         rows = [row for s in sequences for row in self.of_sequence[s] if not row.ended]
-        paths = [torch.from_numpy(cache.paths[row_sequence]).to(self.device) for row_sequence in sequences]
-        own = [path[shared:] for path in paths]
-        width = max(map(len, own))
-        padded = torch.stack([torch.nn.functional.pad(path, (0, width - len(path))) for path in own])  # (S, width)
-        repeat = torch.tensor(
-            [n for n, s in enumerate(sequences) for row in self.of_sequence[s] if not row.ended], device=self.device
-        )
+        paths = [cache.paths[s] for s in sequences]
+        which = [n for n, s in enumerate(sequences) for row in self.of_sequence[s] if not row.ended]
+        lengths = [len(paths[n]) - shared for n in which]
+        own = np.zeros((len(which), max(lengths)), dtype=np.int64)
+        for row_of_own, n, length in zip(own, which, lengths, strict=True):
+            row_of_own[:length] = paths[n][shared:]
+        base_rows, own_rows = to_device([paths[0][:shared], own], self.device)
         base, tails = [], []
         for keys, values in zip(cache.keys, cache.values, strict=True):
-            base.append((keys[:, paths[0][:shared]], values[:, paths[0][:shared]]))
-            pair = [t[:, padded[repeat]].transpose(0, 1) for t in (keys, values)]  # (R, K, width, D)
+            base.append((keys[:, base_rows], values[:, base_rows]))
+            pair = [t[:, own_rows].transpose(0, 1) for t in (keys, values)]  # (R, K, width, D)
             tails.append(tuple(torch.nn.functional.pad(t, (0, 0, 0, GROWTH)).contiguous() for t in pair))
-        lengths = [len(own[n]) for n in repeat.tolist()]
         return Cohort(rows, base, tails, lengths)  # type: ignore[arg-type]
 
-    def _step(self, cohorts: list[Cohort]) -> None:
+    def _step(self, cohorts: Sequence[AnyCohort]) -> None:
         """One token more for every row of every cohort."""
         for cohort in cohorts:
             cohort.make_room()
@@ -234,7 +145,7 @@ class Generation:
         # A row that ended but was not yet cleared away is computed once more and not listened to.
         newest = [row.made[-1] if row.made else self.eos for row in rows]
         ids = torch.tensor([newest], device=self.device)
-        positions = torch.cat([cohort.prefix + cohort.lengths for cohort in cohorts])[None]
+        positions = torch.cat([cohort.positions() for cohort in cohorts])[None]
         hidden = self.model.model(ids, positions=positions, cache=CohortsCache(cohorts))
         self._take(rows, hidden[0])
 
@@ -246,7 +157,7 @@ class Generation:
         drawn = [number for number in live if rows[number].generator is not None]
         tokens = dict(zip(drawn, self._draw([rows[number] for number in drawn], hidden[drawn]), strict=True))
         if len(drawn) < len(live):
-            best = self.head(hidden).tolist()
+            best = self.head(hidden)
             tokens = {number: tokens.get(number, best[number]) for number in live}
         for number in live:
             rows[number].take(tokens[number], self.eos)

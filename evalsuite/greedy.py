@@ -31,17 +31,20 @@ class GreedyHead:
         self.scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden (R, C): the index of each row's largest logit, (R,) int64. UserError if logits are not numbers."""
-        if not torch.isfinite(hidden).all():
-            raise not_numbers()
-        chosen = self._screened(hidden) if self.screens else None
-        if chosen is not None:
-            return chosen
+    def __call__(self, hidden: Tensor) -> list[int]:
+        """hidden (R, C): the index of each row's largest logit. UserError if logits are not numbers."""
+        if self.screens:
+            if not torch.isfinite(hidden).all():
+                raise not_numbers()
+            screened = self._screened(hidden)
+            if screened is not None:
+                return screened.tolist()
         best, index = torch.nn.functional.linear(hidden, self.weight).float().max(-1)
-        if not torch.isfinite(best).all():
+        numbers = torch.isfinite(best) & torch.isfinite(hidden).all(-1)
+        chosen = torch.where(numbers, index, -1).tolist()  # one copy from the device says both
+        if -1 in chosen:
             raise not_numbers()
-        return index
+        return chosen
 
     def _screened(self, hidden: Tensor) -> Tensor | None:
         """As __call__; None where the bound excludes too few tokens."""

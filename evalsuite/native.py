@@ -15,25 +15,19 @@ import torch
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import AutoTokenizer, LlamaConfig
 
-from evalsuite.backends import ModelChoice, tokenizer_directory
+from evalsuite.backends import ModelChoice, exact_float32, tokenizer_directory
+from evalsuite.budget import TOKENS_PER_ROW, Budget, budget_of, free_bytes
+from evalsuite.cohorts import Prompt
 from evalsuite.counting import CountingHFLM
 from evalsuite.engines import Copies, Engine, Local
-from evalsuite.generation import Prompt, greedy_or_drawn, seed_of
-from evalsuite.scoring import Budget, Continuation, Work
+from evalsuite.generation import greedy_or_drawn, seed_of
+from evalsuite.scoring import Continuation, Work
 from tinyllama import checkpoint, host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, load_model
 from tinyllama.model.llama import Llama
 
-# Tokens of a pass and rows of a generation step, at most, where the user names no batch size. Measured on two cores, 4,096
-# tokens are as fast as more; a GPU has the room and needs the work.
-PASS_TOKENS, ROWS = {"cpu": 4096, "cuda": 32768}, {"cpu": 256, "cuda": 1024}
-ROW_TOKENS, ROWS_SHARE = (
-    1024,
-    0.25,
-)  # what a row's own keys and values may come to, and all rows' share of the free memory
-TOKENS_PER_ROW = 256  # of a pass, for a batch size given in rows
 SAMPLING_SEED = 1234  # lm-eval's
 
 
@@ -44,26 +38,14 @@ def model_config(choice: ModelChoice) -> ModelConfig:
     return ModelConfig.from_hf(choice.path)
 
 
-def budget_of(llama: Llama, free: int) -> Budget:
-    """What goes through the model at once, by the bytes of memory that are free beside its weights."""
-    weight = llama.lm_head.weight
-    row_bytes = 2 * llama.config.num_hidden_layers * llama.config.kv_dim * weight.element_size() * ROW_TOKENS
-    device = weight.device.type
-    return Budget(PASS_TOKENS[device], max(1, min(ROWS[device], int(free * ROWS_SHARE) // row_bytes)))
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free, of the GPU or of this machine."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def hf_config(config: ModelConfig) -> LlamaConfig:
     """The configuration as transformers has it, which HFLM asks for."""
     return LlamaConfig(**{k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")})
+
+
+def _sharers(copies: int) -> int:
+    """Of `copies` of a model on this machine, how many share the memory of one device."""
+    return -(-copies // max(1, torch.cuda.device_count()))
 
 
 class _Body(torch.nn.Module):
@@ -97,6 +79,8 @@ class NativeLM(CountingHFLM):
     def load(cls, choice: ModelChoice, copies: int = 1) -> NativeLM:
         """From a checkpoint (no conversion step) or a Hugging Face directory. copies: that share this machine's memory."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if choice.dtype == "float32":
+            exact_float32()
         if checkpoint.is_checkpoint(choice.path):
             llama, _ = checkpoint.load_model(choice.path, choice.dtype)
         else:
@@ -104,7 +88,7 @@ class NativeLM(CountingHFLM):
         if device == "cpu":
             host_memory.keep()
         model = cls._around(_Body(llama.config, llama.to(device)), choice)
-        budget = budget_of(llama, free_bytes(device) // (1 if device == "cuda" else copies))
+        budget = budget_of(llama, free_bytes(device) // _sharers(copies))
         if choice.batch_size is not None:
             budget = Budget(choice.batch_size * TOKENS_PER_ROW, choice.batch_size)
         model.engine = Local(llama, budget, model.eot_token_id, model.tokenizer.batch_decode)

@@ -26,7 +26,7 @@ class Score:
     """A model's value of a benchmark or a suite. value, stderr, interval: as shares of 1.
 
     metric, num_fewshot: None where the protocol says it in words. data_sha256: of the rows that were asked, None where it is
-    not known. limit: at most so many items of each task.
+    not known. limit: at most so many items of each task. dtype: that the model was computed in, None where it is not known.
     """
 
     value: float
@@ -39,6 +39,7 @@ class Score:
     num_fewshot: int | None = None
     limit: int | None = None
     bundle: str | None = None
+    dtype: str | None = None
     data_sha256: str | None = None
     higher_is_better: bool = True
     low_confidence: bool = False
@@ -81,7 +82,7 @@ def load(name: str) -> Model:
 
 def _measured(path: Path, results: dict[str, Any]) -> Model:
     settings = results["settings"]
-    same = {"limit": settings.get("limit"), "bundle": settings.get("data_dir")}
+    same = {"limit": settings.get("limit"), "bundle": settings.get("data_dir"), "dtype": settings.get("dtype")}
     version = results["versions"]["lm_eval"]
 
     def score(entry: dict[str, Any], **more: Any) -> Score:
@@ -185,6 +186,8 @@ def departures(score: Score, first: Score) -> list[str]:
         found.append(f"metric {score.metric}")
     if _differ(score.num_fewshot, first.num_fewshot):
         found.append(f"{score.num_fewshot} shots")
+    if _differ(score.dtype, first.dtype):
+        found.append(f"computed in {score.dtype}")
     if other_data(score, first):
         found.append("other data")
     return found

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evalsuite.forest import Forest, Pass, Passes
+from evalsuite.batched_attention import BatchedTreeCache
+from evalsuite.budget import Budget, is_out_of_memory, logit_rows
+from evalsuite.forest import Forest, Ints, Pass, Passes
+from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache, run_pass
-from tinyllama import host_memory
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
-
-LOGIT_ROWS = 512  # positions whose logits (V each, fp32) exist at a time
-SMALLEST_PASS = 64
 
 
 @dataclasses.dataclass
@@ -30,49 +29,34 @@ class Work:
     generated: int = 0
 
 
-@dataclasses.dataclass
-class Budget:
-    """How much goes through the model at once: tokens of a pass, rows of a generation step. Halved where memory ends."""
-
-    tokens: int
-    rows: int
-
-    def halve(self, error: Exception) -> None:
-        """After an out-of-memory error: half of it, or the error again where little is left."""
-        if self.tokens <= SMALLEST_PASS:
-            raise UserError(
-                f"not enough memory for a pass of {self.tokens} tokens", fix="use a smaller dtype or a larger machine"
-            ) from error
-        self.tokens, self.rows = self.tokens // 2, max(1, self.rows // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        host_memory.trim()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ended, on a GPU or in the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def passes_of(
     model: Llama, forest: Forest, budget: Budget, keep: bool, work: Work
 ) -> Iterator[tuple[Pass, TreeCache, Tensor]]:
     """Run a forest pass by pass: the pass, its cache and hidden states (N, C). keep: the caches keep keys and values."""
     cuts, carried = Passes(forest), None
     device = model.lm_head.weight.device
+    kind = BatchedTreeCache if budget.batches(device.type) else TreeCache
+    found: tuple[TreeCache, Tensor] | None = None
     while (cut := cuts.take(budget.tokens)) is not None:
         try:
-            cache = TreeCache(cut, carried, device, keep)
-            hidden = run_pass(model, forest, cut, cache)
+            found = _computed(model, forest, cut, kind(cut, carried, device, keep))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            found = None
             budget.halve(error)
             cuts.back()
             continue
         work.computed += cut.size
+        cache, hidden = found
         carried = cache.next_carried
         yield cut, cache, hidden
+        del cache, hidden
+
+
+def _computed(model: Llama, forest: Forest, cut: Pass, cache: TreeCache) -> tuple[TreeCache, Tensor]:
+    """A pass's cache and hidden states (N, C)."""
+    return cache, run_pass(model, forest, cut, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +88,28 @@ def log_likelihoods(
     spans = [(len(request.read) - len(request.targets), len(request.read)) for request in wanted]
     places = forest.places(spans)
     place = np.concatenate(places)  # of every scored position, request after request
-    target = torch.tensor([token for request in wanted for token in request.targets])
+    target = np.array([token for request in wanted for token in request.targets], dtype=np.int64)
     by_place = np.argsort(place, kind="stable")
     sorted_place = place[by_place]
     scores, greedy = torch.zeros(len(place)), torch.zeros(len(place), dtype=torch.bool)
+
+    def collect(entries: Ints, found: Tensor, done: int) -> None:
+        """Fetch what a pass found: the one time that the host waits for it."""
+        values = found.cpu()
+        which = torch.from_numpy(entries)
+        scores[which], greedy[which] = values[0], values[1] > 0
+        report(done / forest.size)
+
+    before: tuple[Ints, Tensor, int] | None = None
     for cut, _, hidden in passes_of(model, forest, budget, False, work):
         begin, end = np.searchsorted(sorted_place, [cut.start, cut.start + cut.size])
-        _score_pass(model, cut, hidden, by_place[begin:end], place, target, scores, greedy)
-        report((cut.start + cut.size) / forest.size)
+        entries = by_place[begin:end]
+        found = _score_pass(model, hidden, place[entries] - cut.start, target[entries])
+        if before is not None:
+            collect(*before)  # only now, so that a GPU has the next pass to work on while the host waits
+        before = entries, found, cut.start + cut.size
+    assert before is not None
+    collect(*before)
     if not torch.isfinite(scores).all():
         raise UserError("the model's log-probabilities are not numbers", fix="check the model's weights for NaN")
     ends = np.cumsum([len(p) for p in places])[:-1].tolist()
@@ -121,28 +119,25 @@ def log_likelihoods(
     ]
 
 
-def _score_pass(
-    model: Llama,
-    cut: Pass,
-    hidden: Tensor,
-    entries: np.ndarray,
-    place: np.ndarray,
-    target: Tensor,
-    scores: Tensor,
-    greedy: Tensor,
-) -> None:
-    """Fill in the scores of the entries (indices into place) whose positions lie in this pass."""
-    if not len(entries):
-        return
-    rows, row_of_entry = np.unique(place[entries] - cut.start, return_inverse=True)
-    bounds = np.searchsorted(row_of_entry, np.arange(0, len(rows) + LOGIT_ROWS, LOGIT_ROWS))
+def _score_pass(model: Llama, hidden: Tensor, position: Ints, target: Ints) -> Tensor:
+    """Log-probability of each target (E) at its position in a pass of hidden states (N, C), and whether it is the most
+    likely token, 1 or 0: (2, E) fp32 on the model's device. position: ascending.
+    """
+    device = hidden.device
+    found = torch.empty(2, len(position), device=device)
+    if not len(position):
+        return found
+    rows, row_of_entry = np.unique(position, return_inverse=True)
+    at_once = logit_rows(device.type, model.config.vocab_size)
+    bounds = np.searchsorted(row_of_entry, np.arange(0, len(rows) + at_once, at_once))
+    rows_there, row_there, target_there = to_device([rows, row_of_entry, target], device)
     for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        chosen = rows[number * LOGIT_ROWS : (number + 1) * LOGIT_ROWS]
-        logits = model.lm_head(hidden[torch.from_numpy(chosen).to(hidden.device)]).float()  # (rows, V)
+        chosen = rows_there[number * at_once : (number + 1) * at_once]
+        logits = model.lm_head(hidden[chosen]).float()  # (rows, V)
         normalizer = logits.logsumexp(-1)
         best = logits.argmax(-1)
-        local = torch.from_numpy(row_of_entry[begin:end] - number * LOGIT_ROWS).to(hidden.device)
-        which = torch.from_numpy(entries[begin:end])
-        wanted = target[which].to(hidden.device)
-        scores[which] = (logits[local, wanted] - normalizer[local]).cpu()
-        greedy[which] = (best[local] == wanted).cpu()
+        local = row_there[begin:end] - number * at_once
+        wanted = target_there[begin:end]
+        found[0, begin:end] = logits[local, wanted] - normalizer[local]
+        found[1, begin:end] = best[local] == wanted
+    return found

@@ -132,7 +132,12 @@ def _protocols(results: dict[str, Any], suite: str) -> list[str]:
 
 def _protocol(results: dict[str, Any], suite: str) -> str:
     name = "+".join(_protocols(results, suite))
-    return f"{name} (lm-eval {results['versions']['lm_eval']}, {results['backend']} backend)"
+    return f"{name} (lm-eval {results['versions']['lm_eval']}, {_computed(results)})"
+
+
+def _computed(results: dict[str, Any]) -> str:
+    """What the scores were computed by, and in which precision."""
+    return f"{results['backend']} backend, {results['settings']['dtype']}"
 
 
 def _footnotes(results: dict[str, Any], suite: str) -> list[str]:
@@ -228,7 +233,7 @@ def _own_table(results: dict[str, Any], suite: str) -> tuple[str, list[str], lis
     if mean:
         clean = {key: value for key, value in mean.items() if key != "clean"}
         rows.append((_by_task({suite: (record["weighting"], clean)})[1][0] + [""] * len(headings))[: len(headings)])
-    return f"{record['title']}, percent", headings, rows
+    return f"{record['title']}, percent ({_computed(results)})", headings, rows
 
 
 def _other_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -237,7 +242,9 @@ def _other_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[li
         _own_table(results, suite) for suite, r in _own(results).items() if set(r["benchmarks"]) & set(results["tasks"])
     ]
     others = other_tasks(results)
-    return [*own, *([("Other tasks, percent", *_by_task({n: (n, e) for n, e in others.items()}))] if others else [])]
+    if not others:
+        return own
+    return [*own, (f"Other tasks, percent ({_computed(results)})", *_by_task({n: (n, e) for n, e in others.items()}))]
 
 
 def _interval(entry: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evalsuite.forest import Forest, Ints, Pass, Piece
+from evalsuite.transfer import to_device
 from tinyllama.model import ops
 from tinyllama.model.llama import Llama
 
@@ -89,14 +90,18 @@ class TreeCache:
         self.values: list[Tensor] = []
         self.next_carried: list[tuple[Tensor, Tensor]] = []
         self.paths = _paths(cut)
+        self._prepare(cut, device)
+        following = self.paths[cut.pieces[-1].sequence][: cut.next_carried]
+        self._next = _rows(following, device)
+
+    def _prepare(self, cut: Pass, device: torch.device) -> None:
+        """What all layers' attention has in common."""
         self.groups: list[Group] = []
         for pieces in grouped(cut.pieces):
             path = self.paths[pieces[0].sequence][: pieces[0].first]
             first = pieces[0].offset
             last = pieces[-1].offset + pieces[-1].size
             self.groups.append(Group(first, last, _rows(path, device), _mask(pieces).to(device)))
-        following = self.paths[cut.pieces[-1].sequence][: cut.next_carried]
-        self._next = _rows(following, device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (1, H, N, D), k and v (1, K, N, D) of the pass: (1, N, H * D)."""
@@ -104,7 +109,16 @@ class TreeCache:
         if self.carried is not None:
             old_keys, old_values = self.carried[layer]
             keys, values = torch.cat((old_keys, keys), 1), torch.cat((old_values, values), 1)
-        past = keys.shape[1] - k.shape[2]
+        out = self._attention(q, keys, values)
+        self.next_carried.append((keys[:, self._next].clone(), values[:, self._next].clone()))
+        if self.keep:
+            self.keys.append(keys)
+            self.values.append(values)
+        return out
+
+    def _attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q (1, H, N, D) over the store's keys and values (K, carried + N, D): (1, N, H * D)."""
+        past = keys.shape[1] - q.shape[2]
         out = q.new_empty(1, q.shape[2], q.shape[1] * q.shape[3])
         for group in self.groups:
             own = slice(past + group.first, past + group.last)
@@ -115,10 +129,6 @@ class TreeCache:
                 seen_values = torch.cat((values[:, group.path], values[:, own]), 1)
             queries = q[:, :, group.first : group.last]
             out[:, group.first : group.last] = ops.sdpa(queries, seen_keys[None], seen_values[None], group.mask)
-        self.next_carried.append((keys[:, self._next].clone(), values[:, self._next].clone()))
-        if self.keep:
-            self.keys.append(keys)
-            self.values.append(values)
         return out
 
     def advance(self, tokens: int) -> None:
@@ -141,13 +151,12 @@ def _rows(path: Ints, device: torch.device) -> Tensor | slice:
     """Rows of the store, as a slice where they are its beginning."""
     if not len(path) or path[-1] == len(path) - 1:
         return slice(0, len(path))
-    return torch.from_numpy(path).to(device)
+    return to_device([path], device)[0]
 
 
 def run_pass(model: Llama, forest: Forest, cut: Pass, cache: TreeCache) -> Tensor:
     """Hidden states (N, C) of a pass's tokens; `cache` then holds the keys and values."""
     device = model.lm_head.weight.device
-    ids = torch.from_numpy(forest.tokens[cut.start : cut.start + cut.size]).to(device)
     depths = np.concatenate([np.arange(piece.first, piece.last) for piece in cut.pieces])
-    positions = torch.from_numpy(depths).to(device)
+    ids, positions = to_device([forest.tokens[cut.start : cut.start + cut.size], depths], device)
     return model.model(ids[None], positions=positions[None], cache=cache)[0]

@@ -40,6 +40,9 @@ def train_command(
     master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile: several machines, through ssh.")] = None,
     launcher: Annotated[str, typer.Option(help="Further arguments of the DeepSpeed launcher, as one string.")] = "",
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:COUNT", help="Profile COUNT steps after FIRST others: RUN/profile.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show batch, memory, traffic, epochs and days; launch nothing.")
     ] = False,
@@ -75,7 +78,7 @@ def train_command(
 
     from tinyllama import checkpoint
     from tinyllama.errors import ConfigError
-    from train import accelerators, start
+    from train import accelerators, profiling, start
     from train import launch as launching
     from train import plan as planning
     from train.nodes import Nodes
@@ -88,6 +91,8 @@ def train_command(
         launching.launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
+    if profile:
+        profiling.parse(profile)
     config = Path(deepspeed)
     if not config.exists() and (CONFIGS / f"{config.name}.json").exists():
         config = CONFIGS / f"{config.name}.json"
@@ -133,6 +138,7 @@ def train_command(
     script += ["--recipe", recipe] if recipe else []
     script += ["--init-from", str(init_from)] if init_from else []
     script += ["--inject", inject] if inject else []
+    script += ["--profile", profile] if profile else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
     if several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def describe(
 
     `epochs` is None, and `data_note` says why, where the stores are not there yet. ConfigError for impossible numbers.
     """
-    hardware.named(device)
+    limits = hardware.named(device)
     if not 0 < mfu <= 1 or gigabytes_per_s <= 0:
         raise ConfigError(
             f"--mfu {mfu:g}, --gigabytes-per-s {gigabytes_per_s:g}",
@@ -38,7 +39,8 @@ def describe(
         )
     if ranks < 1:
         raise ConfigError(f"--num-accelerators {ranks}", fix="give 1 or more")
-    resolved, batch = planning.resolve_deepspeed(deepspeed, recipe, ranks, ranks_per_node)
+    free = int(limits.memory_bytes)
+    resolved, batch = planning.resolve_deepspeed(deepspeed, recipe, ranks, ranks_per_node, free)
     epochs, note = None, None
     try:
         mixture = planning.open_mixture(recipe, data)
@@ -49,7 +51,8 @@ def describe(
     return {
         "recipe": recipe.to_dict(),
         "deepspeed": resolved,
-        "batch": {"micro": batch.micro, "accumulation": batch.accumulation, "ranks": ranks, "text": str(batch)},
+        "batch": {**dataclasses.asdict(batch), "text": str(batch)},
+        "memory": planning.describe_memory(resolved, recipe, batch, free),
         "steps": planning.num_steps(recipe),
         "epochs": epochs,
         "data_note": note,
@@ -64,6 +67,8 @@ def describe(
             checkpointing=recipe.training.activation_checkpointing,
             offload="offload_optimizer" in zero,
             machine_ranks=zero.get("zero_hpz_partition_size", 1),
+            compiled=recipe.training.compile is not None,
+            reduce_once=batch.reduce_once,
             device=device,
             mfu=mfu,
             gigabytes_per_s=gigabytes_per_s,
@@ -76,6 +81,7 @@ def show(found: dict[str, Any]) -> None:
     console, numbers = Console(highlight=False, soft_wrap=True), found["estimate"]
     console.print(f"{numbers['parameters']:,} parameters, {numbers['tokens']:,} tokens in {found['steps']:,} steps")
     console.print(found["batch"]["text"])
+    console.print(found["memory"])
     conventions = ", ".join(f"{value / 1e9:.3f} ({name})" for name, value in numbers["flops_per_token"].items())
     console.print(f"GFLOPs per token: {conventions}; {numbers['total_flops']:.3e} FLOPs in all")
     if found["epochs"] is None:
@@ -89,6 +95,7 @@ def show(found: dict[str, Any]) -> None:
         "gradients",
         "optimizer",
         "activations",
+        "working",
         "GB a rank",
         "fits",
         "GB sent a step",
@@ -100,7 +107,7 @@ def show(found: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for stage, entry in numbers["stages"].items():
         need = entry["memory_bytes"]
-        sizes = [need[key] / 1e9 for key in ("weights", "gradients", "optimizer", "activations", "total")]
+        sizes = [need[key] / 1e9 for key in ("weights", "gradients", "optimizer", "activations", "working", "total")]
         chosen = " (chosen)" if stage == numbers["stage"] else ""
         table.add_row(
             f"ZeRO-{stage}{chosen}",
@@ -116,9 +123,5 @@ def show(found: dict[str, Any]) -> None:
         f"{numbers['assumed_mfu']:.0%} MFU and {numbers['assumed_gigabytes_per_s']:g} GB/s a rank, "
         "computing and sending not overlapped; activations are an estimate"
     )
-    if numbers["advice"]:
-        saved = 1 - numbers["stages"][numbers["advice"]]["step_s"] / numbers["stages"][numbers["stage"]]["step_s"]
-        console.print(
-            f"[yellow]ZeRO-{numbers['advice']} fits and would be up to {saved:.0%} faster[/]: "
-            f"--deepspeed zero{numbers['advice']}"
-        )
+    if text := estimating.advice(numbers):
+        console.print(f"[yellow]{text}[/]")

@@ -1,4 +1,4 @@
-"""Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,pause=forward@6`.
+"""Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,oom@0,pause=forward@6`.
 
 The number is that of the batch (of the step, for a pause). Without the option nothing here does anything.
 """
@@ -22,9 +22,14 @@ class Injection:
     factors: dict[int, float]
     frozen_from: int | None
     pauses: dict[tuple[str, int], float]
+    out_of_memory: int | None = None
 
     def loss_factor(self, batch: int) -> float:
         """What the losses of a batch are multiplied with: 1."""
+        if batch == self.out_of_memory:
+            import torch
+
+            raise torch.OutOfMemoryError("injected")
         return self.factors.get(batch, 1.0)
 
     def lr_factor(self, batch: int) -> float:
@@ -38,16 +43,20 @@ class Injection:
 
 def parse(text: str) -> Injection:
     """The faults in a comma-separated list; ConfigError on anything else."""
-    factors, frozen_from, pauses = {}, None, {}
+    factors, frozen_from, pauses, out_of_memory = {}, None, {}, None
     for fault in filter(None, text.split(",")):
         name, _, number = fault.partition("@")
         kind, _, phase = name.partition("=")
-        if not number.isdigit() or kind not in (*LOSS_FACTORS, "frozen", "pause"):
-            raise ConfigError(f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7 or pause=forward@7")
+        if not number.isdigit() or kind not in (*LOSS_FACTORS, "frozen", "oom", "pause"):
+            raise ConfigError(
+                f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or pause=forward@7"
+            )
         if kind in LOSS_FACTORS:
             factors[int(number)] = LOSS_FACTORS[kind]
         elif kind == "frozen":
             frozen_from = int(number)
+        elif kind == "oom":
+            out_of_memory = int(number)
         else:
             pauses[phase, int(number)] = PAUSE_S
-    return Injection(factors, frozen_from, pauses)
+    return Injection(factors, frozen_from, pauses, out_of_memory)

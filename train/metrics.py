@@ -167,7 +167,8 @@ def kernel_table(choices: Sequence[Choice]) -> Table:
     """What computes what in this run, and why."""
     table = Table("", "kernel", "because", title="Kernels", title_justify="left")
     for choice in choices:
-        table.add_row(choice.operation, choice.kernel, choice.why)
+        ran = f" (ran: {choice.ran})" if choice.ran else ""
+        table.add_row(choice.operation, choice.kernel, choice.why + ran)
     return table
 
 

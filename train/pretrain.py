@@ -36,10 +36,13 @@ from tinyllama import host_memory  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
-from train import accelerators, start  # noqa: E402
+from train import accelerators, memory, profiling, start  # noqa: E402
 from train import plan as planning  # noqa: E402
-from train.batch import model_inputs  # noqa: E402
+from train.accumulation import Accumulation  # noqa: E402
+from train.batch import host_arrays  # noqa: E402
+from train.determinism import make_deterministic  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402
+from train.feed import Feed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
 from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
 from train.injection import parse as parse_injection  # noqa: E402
@@ -61,6 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to keep with the checkpoints")
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
     parser.add_argument("--init-from", metavar="DIR", help="start from these weights: Hugging Face Llama or checkpoint")
+    parser.add_argument("--profile", nargs="?", const=profiling.DEFAULT, metavar="FIRST:COUNT", help=profiling.HELP)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--inject", default="", help=argparse.SUPPRESS)  # faults: see train/injection.py
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -109,26 +113,29 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     """One training run, from the command line to the last checkpoint. Returns the exit code. beat: this rank's."""
     # -- What and how, checked before anything heavy is imported ---------------------------------------------------
     recipe = load_recipe(arguments.recipe, arguments.set)
-    deepspeed_config = planning.read_deepspeed(arguments.deepspeed)
+    output = Path(arguments.output)
+    given_config, monitor_sections = take_monitors(planning.read_deepspeed(arguments.deepspeed), output)
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))  # 0: not said
     ranks_per_node = local_size or ranks
-    deepspeed_config, plan = planning.resolve_deepspeed(deepspeed_config, recipe, ranks, ranks_per_node)
+    deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node)
     mixture = planning.open_mixture(recipe, arguments.data)
     tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
     separator = mixture.separator_id if recipe.data.document_masking else None
-    output = Path(arguments.output)
     injection = parse_injection(arguments.inject)
-    deepspeed_config, monitor_sections = take_monitors(deepspeed_config, output)
+    profiled = profiling.parse(arguments.profile) if arguments.profile else None
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
     accelerators.hide_gpus_if_unwanted()
+    memory.use_expandable_segments()
     import torch
     import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", arguments.local_rank))
     accelerators.refuse_too_many(max(local_rank + 1, local_size), torch.cuda.device_count())
+    if recipe.training.deterministic:
+        make_deterministic()  # before the GPU is touched
     if not torch.cuda.is_available():
         host_memory.keep()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -140,7 +147,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
     from tinyllama import checkpoint
     from tinyllama.model.hf import fill
-    from tinyllama.model.kernels import Setting, choose
+    from tinyllama.model.kernels import Setting, choose, confirm
     from tinyllama.model.llama import Block, Llama
     from train import generators
     from train import state as saved
@@ -167,6 +174,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     dist.barrier(group=control)  # a watchdog must not read the heartbeats of a run before this one
     watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s)
     injection.attach(beat)
+    if (free := memory.free_bytes(device, control)) is not None:  # with a GPU its memory decides
+        deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node, free)
 
     # What a checkpoint says of the run besides its weights; the first part changes from step to step.
     progress = {
@@ -220,16 +229,24 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         fill(model, start.tensors(origin), str(origin))
     else:
         model.initialize(recipe.training.seed)
-    kernels, choices = choose(
-        dataclasses.asdict(recipe.training.kernels),
-        Setting(device, recipe.training.compile is not None, recipe.data.document_masking),
+    setting = Setting(
+        device,
+        compiled=recipe.training.compile is not None,
+        documents=recipe.data.document_masking,
+        deterministic=recipe.training.deterministic,
+        low_precision=any(deepspeed_config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")),
     )
+    kernels, choices = choose(dataclasses.asdict(recipe.training.kernels), setting)
     model.use(kernels)
+    doubts: list[str] = []
+    if device.type == "cuda":
+        choices, doubts = confirm(kernels, choices, setting, recipe.model, recipe.data.sequence_length)
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     optimizer = build_optimizer(model, recipe, "offload_optimizer" in deepspeed_config["zero_optimization"])
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    with memory.explained(plan, recipe.training.activation_checkpointing):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     if recipe.training.compile == "block":
         model.compile_blocks()
     elif recipe.training.compile == "whole":
@@ -256,6 +273,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "recipe": recipe.to_dict(),
             "deepspeed": state["deepspeed"],
             "batch": {"micro": plan.micro, "accumulation": plan.accumulation, "ranks": ranks},
+            "reduce_once": plan.reduce_once,
             "device": device_name(),
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,
@@ -277,9 +295,13 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         ledger = SpikeLedger(output / "spikes.jsonl", state["spikes"])
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
+    for line in planning.start_lines(deepspeed_config, recipe, plan, free, device_name()):
+        console.print(escape(line))
     console.print(kernel_table(choices))
     if not math.isfinite(peak):
         console.print(f"[yellow]MFU is unknown[/]: {escape(peak_source)} (the table: tinyllama/hardware.py)")
+    for doubt in doubts:
+        console.print(f"[yellow]{escape(doubt)}[/]")
     began = (
         f"starting from the weights of {escape(state['init_from']['path'])}"
         if state["init_from"]
@@ -296,6 +318,13 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     frozen = FrozenWeights(recipe.health.frozen_after_steps)
     evaluation = Evaluation(recipe, engine, tokenizer, control, beat) if recipe.evaluation.every_steps else None
     saver = Saver(output, recipe.checkpoint, tokenizer, control, beat)
+    if rank == 0 and (shortage := saver.shortage(recipe.model.num_parameters, state["step"], total_steps)):
+        console.print(f"[yellow]{escape(shortage)}[/]")
+    gradients = Accumulation(engine, plan.reduce_once)
+    feed = Feed(
+        lambda batch, n: host_arrays(*mixture.fetch(plan.samples(batch, rank, n)), separator), plan.accumulation, device
+    )
+    profiler = profiling.Profiler(profiled, output / "profile", rank == 0)
 
     def save() -> None:
         beat("save")
@@ -355,6 +384,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     logged_at, logged_step, first_step = time.perf_counter(), state["step"], state["step"]
     while (step := state["step"]) < total_steps:
         beat.step = step
+        profiler.begin(step - first_step)
         batch = step + state["data_offset"]
         # The mean is over the targets of the whole step, wherever they are. DeepSpeed averages over ranks and divides
         # by the accumulation, so both are multiplied back.
@@ -365,21 +395,22 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             group["lr"] = lr * injection.lr_factor(batch)
 
         loss = torch.zeros((), dtype=torch.float32, device=device)
-        for micro_step in range(plan.accumulation):
-            beat("data")
-            ids, targets = mixture.fetch(plan.samples(batch, rank, micro_step))
-            beat("forward")
-            summed = engine(**model_inputs(ids, targets, separator, device)) * injection.loss_factor(batch)
-            loss += summed.detach() / targets_in_step
-            beat("backward")
-            if micro_step + 1 < plan.accumulation:
-                engine.backward(summed * weight)
-            else:
-                # The loss of the step is whole before its last backward, which a sick one makes NaN (train/health.py).
-                dist.all_reduce(loss)
-                engine.backward(summed * (weight + guard.veto(loss, step, batch)))
-            beat("step")
-            engine.step()  # acts on the last micro-step only
+        with memory.explained(plan, recipe.training.activation_checkpointing, step == first_step), gradients.step():
+            for micro_step in range(plan.accumulation):
+                beat("data")
+                inputs = feed.take(batch, micro_step)
+                beat("forward")
+                summed = engine(**inputs) * injection.loss_factor(batch)
+                loss += summed.detach() / targets_in_step
+                beat("backward")
+                if micro_step + 1 < plan.accumulation:
+                    engine.backward(summed * weight)
+                else:
+                    # The loss of the step is whole before its last backward, which a sick one makes NaN (train/health.py).
+                    dist.all_reduce(loss)
+                    engine.backward(summed * (weight + guard.veto(loss, step, batch)))
+                beat("step")
+                gradients.added()
         if step == first_step:
             host_memory.trim()  # the optimizer's moments now lie where they stay
         action = guard.judge(engine.was_step_applied())
@@ -467,12 +498,17 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             saver.wait()
         report_save()
         if stopping and not last:
+            feed.close()
             console.close()
             console.print(f"stopped by a signal after step {step + 1}; run the same command again to continue")
             return STOPPED_BY_SIGNAL
     if evaluation:
         evaluation.close()
+    feed.close()
+    saver.close()
     console.close()
+    if text := profiler.close():
+        console.print(escape(text))
     console.print(f"done: {state['tokens']:,} tokens in {escape(str(output))}")
     return 0
 

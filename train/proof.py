@@ -2,7 +2,8 @@
 
     sums         of every tensor's bits, by position: equal whatever the number of ranks that saved and that loaded
     next_batch   sha256 of the first samples after the checkpoint
-    probe_loss   of a few held-out windows: equal bit for bit under equal conditions, else close
+    probe_loss   of a few held-out windows: equal bit for bit under equal conditions (on a GPU: and where
+                 `training.deterministic`), else close
 
 File checksums cannot tell that a slice went to the wrong place, that the low-precision weights are others than the fp32
 ones, or that the data's order has changed; these can. What differs ends the run in one line.
@@ -61,6 +62,11 @@ def add_sums(parts: list[dict[str, int]]) -> dict[str, str]:
     return {key: f"{value:016x}" for key, value in total.items()}
 
 
+def bit_for_bit(stored: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a pass under the conditions `stored` must be repeated to the bit under `now`."""
+    return stored == now and (now["device"].startswith("cpu") or now["deterministic"])
+
+
 class Proof:
     """Takes and checks the proofs of one run; every method is collective."""
 
@@ -82,6 +88,7 @@ class Proof:
             "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
             "processor": "" if cuda else str(os.cpu_count()),
             "torch": torch.__version__,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
 
     def take(self, position: int) -> dict[str, Any]:
@@ -104,7 +111,7 @@ class Proof:
                 f"{where}: the batch after it is not the one it was saved with", fix="give the data it was trained on"
             )
         before, now = stored["probe_loss"], self._probe_loss()
-        same = stored["conditions"] == self.conditions
+        same = bit_for_bit(stored["conditions"], self.conditions)
         if before is None or now is None:
             return
         if (same and before != now) or abs(before - now) > TOLERANCE * max(1.0, abs(before)):

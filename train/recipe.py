@@ -24,7 +24,7 @@ SCHEDULES = ("cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 COMPILE = ("block", "whole")
 KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
-    "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "sdpa", "blocked"),
+    "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "flex", "sdpa", "blocked"),
     "norm": ("liger", "torch"),
     "rotary": ("liger", "torch"),
     "swiglu": ("liger", "torch"),
@@ -71,14 +71,19 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing.
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are
+    reduced over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; every rank then holds all of them in
+    fp32); where a GPU has room for that when null. deterministic: the same bits in every run on the same hardware, at the
+    price of speed (`train/determinism.py`).
     """
 
     tokens: int = 3_000_000_000_000
     batch_tokens: int = 2_097_152
     micro_batch_sequences: int | None = None
     activation_checkpointing: bool = False
+    reduce_once: bool | None = None
     compile: str | None = "block"
+    deterministic: bool = False
     kernels: KernelsConfig = KernelsConfig()
     seed: int = 1337
     log_every_steps: int = 1

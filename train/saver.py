@@ -21,6 +21,7 @@ from tinyllama import checkpoint
 from tinyllama.data.store import file_sha256
 from train import generators
 from train import state as saved
+from train.host_buffers import HostBuffers
 from train.proof import add_sums, parameter_sums
 
 if TYPE_CHECKING:
@@ -38,6 +39,21 @@ class SaveError(Exception):
         self.here = here
 
 
+def checkpoints_to_come(config: CheckpointConfig, step: int, total_steps: int, existing: int) -> int:
+    """How many more checkpoints a run will have on the disk at once than the `existing` ones, from `step` on.
+
+    One more than are kept: the oldest is removed once the newest is whole.
+    """
+    saves = [
+        *range((step // config.every_steps + 1) * config.every_steps, total_steps, config.every_steps),
+        total_steps,
+    ]
+    every = config.keep_every_steps
+    kept_for_good = sum(1 for save in saves[: -config.keep_last] if every and save % every == 0)
+    at_once = min(config.keep_last + 1, existing + len(saves)) + kept_for_good
+    return max(0, at_once - existing)
+
+
 class Saver:
     """The checkpoints of one run. `save` and `wait` are collective over `control`, a group apart from the training's."""
 
@@ -49,13 +65,25 @@ class Saver:
         self.run, self.config, self.tokenizer = run, config, tokenizer
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._control, self._beat = control, beat
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._written, self._abandoned = threading.Event(), threading.Event()
         self._partial = run
         self._bytes = 0  # a sign of life for `wait`
         self._error: BaseException | None = None
         self._finished: dict[str, Any] | None = None
+
+    def shortage(self, num_parameters: int, step: int, total_steps: int) -> str | None:
+        """One line if the disk has no room for the checkpoints to come, 12 bytes a parameter each; None if it has."""
+        existing = len(checkpoint.list_checkpoints(self.run))
+        count, each = checkpoints_to_come(self.config, step, total_steps, existing), 12 * num_parameters
+        free = shutil.disk_usage(self.run).free
+        if free >= count * each:
+            return None
+        return (
+            f"{self.run} has {free / 1e9:.1f} GB free, {count} checkpoints of {each / 1e9:.1f} GB may come: a full "
+            f"disk ends the run with exit code 74; make room, or lower checkpoint.keep_last={self.config.keep_last}"
+        )
 
     def save(self, engine: DeepSpeedEngine, state: dict[str, Any]) -> Path:
         """Begin the checkpoint of `state["step"]`; returns the folder that it will have once it is valid."""
@@ -75,7 +103,7 @@ class Saver:
             for kind, tensor in local.items()
         }
         if self.config.background:
-            tensors = self._to_host(tensors)
+            tensors = self._buffers.copy(tensors)
         # The training goes on changing what the state refers to.
         state = json.loads(json.dumps({**state, "ranks": self.ranks}))
         random_state = generators.read_state()
@@ -124,6 +152,10 @@ class Saver:
         self._agree()
         self._thread = None
 
+    def close(self) -> None:
+        """Give back the host memory of the copies; every save must have ended."""
+        self._buffers.close()
+
     def _until(self, done: Callable[[], bool]) -> None:
         seen = -1
         while not done():
@@ -150,18 +182,6 @@ class Saver:
         if self.rank == 0:  # what is not a checkpoint must not keep the disk full
             shutil.rmtree(partial, ignore_errors=True)
         raise SaveError(f"{partial}: could not be written: {error}", here=first.item() == self.rank) from error
-
-    def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory that is kept from save to save; pinned for a GPU, whose copies all run at once."""
-        import torch
-
-        for key, tensor in tensors.items():
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
-            self._buffers[key].copy_(tensor, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return {key: self._buffers[key] for key in tensors}
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], random_state: dict[str, Any]) -> None:
         """This rank's files, and last of all the one that says that they are complete."""

@@ -1,12 +1,14 @@
 """The state of a DeepSpeed engine: the slices of weights and moments that each rank holds, and a checkpoint put back.
 
 The format is `tinyllama.checkpoint`'s, so any number of ranks and any ZeRO stage can resume, and no DeepSpeed is needed to
-export. Under stage 3 DeepSpeed's documented accessors give the local part of a parameter. Under stages 1 and 2 there are
-accessors for whole tensors alone, which move every tensor to every rank: there the fragment is taken that they use.
+export. What an engine holds of a fused parameter is given, and taken, as slices of Hugging Face's (`fused.py`). Under stage
+3 DeepSpeed's documented accessors give the local part of a parameter. Under stages 1 and 2 there are accessors for whole
+tensors alone, which move every tensor to every rank: there the fragment is taken that they use.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama import checkpoint
 from tinyllama.errors import CheckpointError
+from tinyllama.model import fused
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -56,7 +59,20 @@ def _local_range(numel: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def local_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
-    """This rank's slice [start, stop) of each flattened parameter: its fp32 weights and moments, views where possible."""
+    """This rank's slice [start, stop) of each flattened parameter, as Hugging Face names them: its fp32 weights and moments.
+
+    Views of what the engine holds, flat; copies where that is offloaded.
+    """
+    for ours, first, last, held in _held_slices(engine):
+        position = 0
+        for name, start, stop in fused.split_slice(ours, first, last, engine.module.config):
+            end = position + stop - start
+            yield name, start, stop, {kind: tensor.flatten()[position:end] for kind, tensor in held.items()}
+            position = end
+
+
+def _held_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[str, Tensor]]]:
+    """The same of our own parameters, whose tensors may be padded at the end."""
     import torch.distributed as dist
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
@@ -124,7 +140,7 @@ def load_weights(engine: DeepSpeedEngine, directory: Path) -> None:
     import torch.distributed as dist
 
     parameters = dict(engine.module.named_parameters())
-    for name, tensor in checkpoint.read_weights(directory):
+    for name, tensor in fused.join(checkpoint.read_weights(directory), engine.module.config):
         parameter = parameters[name]
         if engine.zero_optimization_stage() == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -165,9 +181,15 @@ def load_optimizer(engine: DeepSpeedEngine, directory: Path, optimizer_steps: in
 
 
 def _fill_stage3(engine: DeepSpeedEngine, slices: checkpoint.Slices) -> None:
+    import torch
+
+    def read(name: str, kind: str, wanted: slice) -> Tensor:
+        found = fused.split_slice(name, wanted.start, wanted.stop, engine.module.config)
+        return torch.cat([slices.read(kind, *piece) for piece in found])
+
     for name, parameter in engine.module.named_parameters():
         for kind in (checkpoint.WEIGHT, *checkpoint.MOMENTS):
-            _set_local(parameter, kind, lambda part: slices.read(kind, name, part.start, part.stop))  # noqa: B023
+            _set_local(parameter, kind, functools.partial(read, name, kind))
 
 
 def _set_local(parameter: Parameter, kind: str, read: Callable[[slice], Tensor]) -> None:
@@ -189,7 +211,7 @@ def _set_local(parameter: Parameter, kind: str, read: Callable[[slice], Tensor])
 def load_masters(engine: DeepSpeedEngine, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Give a new engine's fp32 master weights these values, which DeepSpeed has rounded to the model's precision."""
     parameters = dict(engine.module.named_parameters())
-    for name, tensor in tensors:
+    for name, tensor in fused.join(tensors, engine.module.config):
         if name not in parameters:
             continue
         parameter, flat = parameters[name], tensor.reshape(-1).float()

@@ -33,7 +33,7 @@ def held_out_loss(
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     windows = min(source.num_windows, max_windows)
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     engine.eval()
     with torch.no_grad():
         for start in range(0, windows, micro * ranks):
@@ -42,9 +42,9 @@ def held_out_loss(
             mine = [n if n < windows else source.num_windows for n in range(first, first + micro)]
             ids, targets = source.fetch(mine)
             loss = engine(**model_inputs(ids, targets, separator_id, device))
-            totals += torch.tensor([loss.item(), float((targets >= 0).sum())], dtype=torch.float64)
+            totals[0] += loss.double()  # read at the end: the host need not wait for the device before
+            totals[1] += float((targets >= 0).sum())
     engine.train()
-    totals = totals.to(device)
     dist.all_reduce(totals)
     loss_sum, count = totals.tolist()
     return loss_sum, int(count)

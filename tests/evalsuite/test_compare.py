@@ -30,11 +30,12 @@ def log_of(values: list[float], metric: str, leaf: str, asked: str) -> list[dict
 def write(folder: Path, tasks: dict[str, list[float]], **changes: Any) -> Path:
     """An evaluation's folder as `tinyllama eval` would leave it. changes: of the results, or of every task's entry."""
     asked, limit = changes.pop("asked", "d"), changes.pop("limit", None)
+    data_dir, dtype = changes.pop("data_dir", "bundle"), changes.pop("dtype", "float32")
     found: dict[str, Any] = {
         "format": runner.FORMAT,
         "model": changes.pop("model", str(folder)),
         "tokens": changes.pop("tokens", None),
-        "settings": {"limit": limit, "data_dir": changes.pop("data_dir", "bundle")},
+        "settings": {"limit": limit, "data_dir": data_dir, "dtype": dtype},
         "versions": {"lm_eval": "0.4.13"},
         "tasks": {},
         "suites": {},
@@ -167,6 +168,7 @@ def test_a_mean_of_leaf_tasks_is_tested_leaf_by_leaf(tmp_path):
         ({"data_sha256": "b"}, "within noise", "other data"),
         ({"data_dir": "mini"}, "within noise", "data mini"),
         ({"limit": 7}, "within noise", "at most 7 items"),
+        ({"dtype": "bfloat16"}, "within noise", "computed in bfloat16"),
     ],
 )
 def test_what_is_not_the_same_is_marked_at_the_number(tmp_path, changes, verdict, mark):

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalsuite import backends
+from evalsuite.cohorts import Prompt
 from evalsuite.engines import Copies
 from evalsuite.forest import Forest, shares
-from evalsuite.generation import Prompt
 from evalsuite.scoring import Continuation
 
 TASKS = "piqa,openbookqa,boolq"

@@ -24,7 +24,7 @@ def test_choices_are_those_of_all_logits(scale, vocab, width, rows):
     hidden = torch.randn(rows, width, generator=generator) * scale
     head = screening(weight)
     expected = (hidden.double() @ weight.double().t()).argmax(-1)
-    assert head(hidden).tolist() == expected.tolist()
+    assert head(hidden) == expected.tolist()
     assert 1 <= head.num_candidates / head.num_screened < vocab / 64
 
 
@@ -39,24 +39,24 @@ def test_what_bfloat16_cannot_tell_apart_is_told_apart():
         for copy in range(20):
             weight[row * 20 + copy] = direction * (9 + copy * 1e-5)
     found = screening(weight)(hidden)
-    assert found.tolist() == (hidden.double() @ weight.double().t()).argmax(-1).tolist()
-    assert set((found % 20).tolist()) == {19}
+    assert found == (hidden.double() @ weight.double().t()).argmax(-1).tolist()
+    assert {token % 20 for token in found} == {19}
 
 
 @needs_bfloat16
 def test_equal_logits_give_the_first_and_a_crowd_is_computed_in_full():
     head = screening(torch.ones(4096, 8))
-    assert head(torch.ones(3, 8)).tolist() == [0, 0, 0]
+    assert head(torch.ones(3, 8)) == [0, 0, 0]
     twice = torch.randn(4096, 8, generator=torch.Generator().manual_seed(1))
     twice[2048:] = twice[:2048]
-    assert (screening(twice)(torch.randn(50, 8)) < 2048).all()
+    assert max(screening(twice)(torch.randn(50, 8))) < 2048
 
 
 @needs_bfloat16
 def test_all_logits_negative():
     weight = -torch.rand(3000, 16, generator=torch.Generator().manual_seed(2)) - 1
     hidden = torch.rand(9, 16, generator=torch.Generator().manual_seed(3)) + 0.5
-    assert screening(weight)(hidden).tolist() == (hidden.double() @ weight.double().t()).argmax(-1).tolist()
+    assert screening(weight)(hidden) == (hidden.double() @ weight.double().t()).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,4 +79,4 @@ def test_other_types_take_the_largest_of_all_logits():
     head = GreedyHead(weight)
     assert not head.screens
     hidden = torch.randn(4, 8).bfloat16()
-    assert head(hidden).tolist() == torch.nn.functional.linear(hidden, weight).float().argmax(-1).tolist()
+    assert head(hidden) == torch.nn.functional.linear(hidden, weight).float().argmax(-1).tolist()

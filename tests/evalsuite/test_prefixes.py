@@ -8,9 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evalsuite.budget import Budget
+from evalsuite.cohorts import Prompt
 from evalsuite.forest import Forest, Passes
-from evalsuite.generation import Generation, Prompt
-from evalsuite.scoring import Budget, Continuation, Work, log_likelihoods
+from evalsuite.generation import Generation
+from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.llama import Llama
@@ -94,42 +96,43 @@ def requests(draw) -> list[Continuation]:
     return found + found[: draw(st.integers(0, 2))]
 
 
-@given(requests(), st.sampled_from([1, 7, 64, 4096]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_scores_are_those_of_each_request_alone(model, wanted, size):
+@given(requests(), st.sampled_from([1, 7, 64, 4096]), st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_scores_are_those_of_each_request_alone(model, wanted, size, batched):
     work = Work()
-    found = log_likelihoods(model, wanted, Budget(size, 4), work)
+    found = log_likelihoods(model, wanted, Budget(size, 4, batched), work)
     for request, (score, greedy) in zip(wanted, found, strict=True):
         expected = alone(model, request)
-        assert score == pytest.approx(expected[0], abs=2e-4)
+        assert score == pytest.approx(expected[0], abs=1e-4)
         assert greedy == expected[1]
     prefixes = {tuple(r.read[: n + 1]) for r in wanted for n in range(len(r.read))}
     assert work.computed == work.tree == len(prefixes)
     assert work.alone == sum(map(len, {tuple(r.read) for r in wanted}))
 
 
-@given(st.data(), st.sampled_from([16, 100, 4096]), st.sampled_from([1, 3, 64]))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_texts_are_those_of_each_prompt_alone(model, data, size, rows):
+@given(st.data(), st.sampled_from([16, 100, 4096]), st.sampled_from([1, 3, 64]), st.booleans())
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_texts_are_those_of_each_prompt_alone(model, data, size, rows, batched):
     prompts = []
     for _ in range(data.draw(st.integers(1, 8))):
         ids = data.draw(beginnings) + data.draw(st.lists(tokens, max_size=12))
         stops = tuple(data.draw(st.lists(st.sampled_from(["F", "GH", "JJ"]), max_size=2)))
         prompts.append(Prompt(ids, data.draw(st.integers(1, 40)), stops))
     work = Work()
-    found = Generation(model, prompts, EOS, decode).run(Budget(size, rows), work, lambda _: None)
+    found = Generation(model, prompts, EOS, decode).run(Budget(size, rows, batched), work, lambda _: None)
     assert found == [continued(model, prompt) for prompt in prompts]
     assert work.computed == work.tree
 
 
-def test_a_long_generation_keeps_its_place(model):
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_long_generation_keeps_its_place(model, batched):
     """Many rows that end at different times, over several packings and growths of their keys and values."""
     generator = np.random.default_rng(0)
     prompts = [
         Prompt([1, *range(3, 30), *generator.integers(3, VOCABULARY, n % 7 + 1).tolist()], 20 + 6 * n, ())
         for n in range(16)
     ]
-    found = Generation(model, prompts, EOS, decode).run(Budget(256, 8), Work(), lambda _: None)
+    found = Generation(model, prompts, EOS, decode).run(Budget(256, 8, batched), Work(), lambda _: None)
     assert found == [continued(model, prompt) for prompt in prompts]
     assert max(map(len, found)) > 64
 
@@ -138,7 +141,7 @@ def test_drawn_tokens_depend_on_the_prompt_and_its_seed_alone(model):
     ids = [1, *range(3, 20)]
     prompts = [Prompt(ids, 30, (), 1.0, seed) for seed in (5, 6, 5)]
     others = [Prompt([1, 9, n], 12, (), 1.0, n) for n in range(3, 9)]
-    first, second, third = Generation(model, prompts, EOS, decode).run(Budget(64, 2), Work(), lambda _: None)
+    first, second, third = Generation(model, prompts, EOS, decode).run(Budget(64, 2, True), Work(), lambda _: None)
     again = Generation(model, others + prompts, EOS, decode).run(Budget(512, 64), Work(), lambda _: None)
     assert first == third == again[-1]
     assert first != second
@@ -159,7 +162,8 @@ def test_passes_cover_the_forest_once_and_carry_one_path():
     assert [(cut.start, cut.size, cut.carried) for cut in rest] == [(0, 4, 0), (4, 4, 4), (8, 3, 4)]
 
 
-def test_memory_that_ends_halves_the_passes(model, monkeypatch):
+@pytest.mark.parametrize("batched", [False, True])
+def test_memory_that_ends_halves_the_passes(model, monkeypatch, batched):
     """The allocator's own error, from the model itself, until the passes are small enough."""
     whole = model.model.forward
     sizes = []
@@ -172,7 +176,7 @@ def test_memory_that_ends_halves_the_passes(model, monkeypatch):
 
     monkeypatch.setattr(model.model, "forward", limited)
     wanted = [Continuation([1, n, *range(3, 20)], [8]) for n in range(3, VOCABULARY)]
-    budget = Budget(4096, 64)
+    budget = Budget(4096, 64, batched)
     found = log_likelihoods(model, wanted, budget, Work())
     assert budget.tokens < 200 < max(sizes)
     monkeypatch.undo()

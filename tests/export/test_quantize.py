@@ -15,6 +15,7 @@ from tinyllama.errors import CheckpointError, ConfigError, UserError
 from tinyllama.export import RECORD, content_sha256
 from tinyllama.model import quantized
 from tinyllama.model.config import ModelConfig
+from tinyllama.model.fused import hf_parameters
 from tinyllama.model.hf import load_model
 from tinyllama.quantize import SCHEMES, check_weights, compress, quantization, scales, steps_off
 
@@ -142,7 +143,7 @@ def test_transformers_reads_the_same_weights(made):
     config = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=config)
     state = theirs.state_dict()
-    for name, parameter in ours.named_parameters():
+    for name, parameter in hf_parameters(ours):
         torch.testing.assert_close(parameter, state[name].float(), rtol=2**-7, atol=0, msg=name)
 
 

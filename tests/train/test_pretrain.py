@@ -21,6 +21,7 @@ from conftest import ROOT, settings, tinyllama, train
 from tinyllama import checkpoint
 from tinyllama.data.loader import HeldOut, Mixture, Source
 from tinyllama.errors import CheckpointError
+from tinyllama.model.fused import hf_parameters
 from tinyllama.model.llama import Llama
 from train import state as saved
 from train.batch import model_inputs
@@ -75,17 +76,18 @@ def test_run_directory_has_what_is_promised(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("stage", "masked"),
-    [(3, False), (3, True), (2, False), (1, False)],
+    ("stage", "masked", "once"),
+    [(3, False, False), (3, True, True), (2, False, True), (1, False, False)],
     ids=["zero3", "zero3-masked", "zero2", "zero1"],
 )
-def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked):
+def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked, once):
     """The whole engine in fp32 against the same model, batches and AdamW without DeepSpeed."""
     config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
     config["bf16"] = {"enabled": False}
     (tmp_path / "fp32.json").write_text(json.dumps(config))
     more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
-    more += [f"data.document_masking={str(masked).lower()}"]
+    more += [f"data.document_masking={str(masked).lower()}", f"training.deterministic={str(stage == 2).lower()}"]
+    more += [f"training.reduce_once={str(once).lower()}"]
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
     recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
 
@@ -109,8 +111,8 @@ def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, m
         expected.append(loss.item())
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
     trained = weights(checkpoint.resolve(tmp_path / "run"))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5, msg=name)
+    for name, parameter in hf_parameters(model):
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_validation_is_the_mean_over_all_ranks(finished_run, stores):

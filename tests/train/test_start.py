@@ -16,6 +16,7 @@ from test_pretrain import losses, mixture_of, recipe_of, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tinyllama import checkpoint
+from tinyllama.model.fused import hf_parameters
 from tinyllama.model.hf import load_model
 from tinyllama.model.llama import Llama
 from train.launch import free_port
@@ -126,8 +127,8 @@ def test_new_weights_are_those_of_the_seed_under_every_stage(stores, tmp_path, s
     found = weights(checkpoint.resolve(tmp_path / "run"))
     model = Llama(MODEL)
     model.initialize(recipe_of(tmp_path / "run").training.seed)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach().bfloat16().float(), rtol=0, atol=1e-10, msg=name)
+    for name, parameter in hf_parameters(model):
+        torch.testing.assert_close(found[name], parameter.bfloat16().float(), rtol=0, atol=1e-10, msg=name)
         assert found[name].isfinite().all()
 
 

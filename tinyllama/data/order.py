@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
@@ -171,6 +172,7 @@ class Order:
         self.schedule = Schedule(weights)
         self._permutations: dict[int, tuple[int, Permutation]] = {}
         self._blocks: dict[int, list[tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()  # training asks for the next samples while a thread reads ahead
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
         held = self._permutations.get(source)
@@ -192,11 +194,12 @@ class Order:
         found = []
         for sample in samples:
             number, place = divmod(sample, BLOCK)
-            block = self._blocks.get(number)
-            if block is None:
-                while len(self._blocks) >= BLOCKS:
-                    del self._blocks[next(iter(self._blocks))]
-                block = self._blocks[number] = self._block(number)
+            with self._lock:
+                block = self._blocks.get(number)
+                if block is None:
+                    while len(self._blocks) >= BLOCKS:
+                        del self._blocks[next(iter(self._blocks))]
+                    block = self._blocks[number] = self._block(number)
             found.append(block[place])
         return found
 

@@ -1,7 +1,7 @@
 """Weights to and from Hugging Face directories (safetensors), one tensor at a time.
 
-The names are the same on both sides, so that loading is a strict key and shape check and a copy. `load_model` gives a
-`Llama` from an export or any Hugging Face Llama directory.
+Loading is a strict check of names and shapes and a copy; weights that our model holds fused are filled as views
+(`fused.py`). `load_model` gives a `Llama` from an export or any Hugging Face Llama directory.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from tinyllama.errors import CheckpointError
 from tinyllama.model.config import ModelConfig
+from tinyllama.model.fused import hf_parameters
 from tinyllama.model.llama import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a model of this configuration, without allocating any."""
+    """Hugging Face's name and shape of every parameter of a model of this configuration, without allocating any."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+        return {name: tuple(p.shape) for name, p in hf_parameters(Llama(config))}
 
 
 def check_names(found: dict[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
@@ -80,7 +81,7 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 def fill(model: Llama, tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Copy tensors into the model's parameters; strict on names and shapes."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(hf_parameters(model))
     seen: dict[str, tuple[int, ...]] = {}
     with torch.no_grad():
         for name, tensor in tensors:

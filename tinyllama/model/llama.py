@@ -1,7 +1,8 @@
 """The decoder itself, in one file: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-Parameter names are Hugging Face's (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
-translation. What is worth a kernel of its own is called through `Kernels`. Knows nothing of DeepSpeed, data or files.
+State dicts have Hugging Face's names (`model.layers.N.self_attn.q_proj.weight`), so that export is a save and not a
+translation; query, key and value are computed by one product, as are gate and up, and `fused.py` splits and joins their
+weights. What is worth a kernel of its own is called through `Kernels`. Knows nothing of DeepSpeed, data or files.
 """
 
 # Shapes: B batch, T positions in this call, S positions attended to (T, or past + T with a cache), H query heads,
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyllama.model import ops
+from tinyllama.model import fused, ops
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.kernels import PLAIN, Kernels
+from tinyllama.model.kernels import PLAIN, Documents, Kernels
 from tinyllama.model.ops import IGNORE_INDEX as IGNORE_INDEX  # part of this module's interface
 
 
@@ -83,13 +84,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The attention mask of packed documents: (B, T) document numbers to (B, 1, T, T), causal inside each document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return ((documents[:, :, None] == documents[:, None, :]) & causal).unsqueeze(1)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -98,10 +92,10 @@ class Attention(nn.Module):
         self.config = config
         self.kernels = PLAIN
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, config.kv_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.kv_dim, bias=False)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_proj = nn.Linear(hidden, config.head_dim * sum(self.heads), bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        fused.use_hf_state(self, config)
 
     def forward(
         self,
@@ -111,15 +105,18 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         b, t, _ = x.shape
         head_dim = self.config.head_dim
-        q = self.q_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(b, t, -1, head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k, v = self.qkv_proj(x).view(b, t, -1, head_dim).split(self.heads, 2)
+        # A copy of the values alone: as a view they would keep all three in memory until the backward pass.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.contiguous().transpose(1, 2)  # (B, H or K, T, D)
         q, k = self.kernels.rotary(q, k, cos, sin)
         if cache is not None:
             return self.o_proj(cache.attend(layer, q, k, v, mask))
+        if documents is not None:
+            return self.o_proj(self.kernels.attention(q, k, v, documents))
         if mask is None and torch.is_grad_enabled():
             return self.o_proj(self.kernels.attention(q, k, v))
         return self.o_proj(ops.sdpa(q, k, v, mask))
@@ -131,12 +128,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kernels = PLAIN
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        fused.use_hf_state(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.kernels.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -148,7 +145,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.compiled: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.compiled: Callable[..., Tensor] | None = None
 
     def forward(
         self,
@@ -158,10 +155,11 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         if self.compiled is not None and mask is None and cache is None and torch.is_grad_enabled():
-            return self.compiled(x, cos, sin)
-        return self.compute(x, cos, sin, mask, cache, layer)
+            return self.compiled(x, cos, sin, documents=documents)
+        return self.compute(x, cos, sin, mask, cache, layer, documents)
 
     def compute(
         self,
@@ -171,9 +169,10 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         layer: int = 0,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The layer itself, without the choice between it and its compiled form."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -189,7 +188,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         past = cache.length if cache is not None else 0
         x = self.embed_tokens(ids)  # (B, T, C)
@@ -203,9 +207,9 @@ class Decoder(nn.Module):
             mask = query[:, None] >= torch.arange(past + ids.shape[1], device=ids.device)[None, :]  # (T, S)
         for index, layer in enumerate(self.layers):
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, cache, index, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, cache, index, documents, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, index)
+                x = layer(x, cos, sin, mask, cache, index, documents)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
@@ -231,6 +235,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels = PLAIN
         self.model = Decoder(config)
         self.lm_head = Head(config)
 
@@ -244,24 +249,25 @@ class Llama(nn.Module):
         """Compile each block's training pass; all blocks share one compiled function.
 
         What hooks do around a module stays outside the compiler, so ZeRO-3 must gather a block's weights as one
-        (`deepspeed.utils.set_z3_leaf_modules`). Masks, caches and passes without gradients go uncompiled: their shapes
-        change from call to call.
+        (`deepspeed.utils.set_z3_leaf_modules`). Masks of other kinds than documents, caches and passes without gradients
+        go uncompiled: their shapes change from call to call.
         """
         for layer in self.model.layers:
             layer.compiled = torch.compile(layer.compute, dynamic=False)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill every parameter from its own seeded generator: the same weights on every rank, in any order.
+        """Fill every parameter, as Hugging Face names them, from its own seeded generator: the same on every rank.
 
         Normal(0, initializer_range); the projections that write into the residual stream are scaled by
         1/sqrt(2 * layers) (Radford et al., 2019), so that its variance does not grow with depth. Norms are 1.
         Raises RuntimeError where DeepSpeed has taken the weights away (`zero.Init`): filling what is left would do nothing.
         """
         residual = ("o_proj.weight", "down_proj.weight")
-        for index, (name, parameter) in enumerate(self.named_parameters()):
+        for name, parameter in self.named_parameters():
             if parameter.numel() == 0:
                 raise RuntimeError(f"{name} is partitioned: initialize inside deepspeed.zero.GatheredParameters")
+        for index, (name, parameter) in enumerate(fused.hf_parameters(self)):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
                 continue
@@ -287,12 +293,12 @@ class Llama(nn.Module):
         ids: (B, T) int64. targets: (B, T) int64, already shifted, IGNORE_INDEX where there is no loss.
         positions: (B, T) or (1, T); default 0..T-1, after the cache's length. mask: boolean, broadcastable to
         (B, H, T, S), True where attention is allowed; default causal. documents: (B, T), the number of each token's
-        document; attention then stays inside a document. last_only: logits of the last position alone.
+        document; attention then stays inside a document (not with a mask or a cache). last_only: logits of the last
+        position alone.
         Returns (B, T, V) logits, or the scalar fp32 SUM of cross-entropy over the targets (divide by their count).
         """
-        if documents is not None:
-            mask = document_mask(documents)
-        hidden = self.model(ids, positions, mask, cache)  # (B, T, C)
+        layout = None if documents is None else self.kernels.layout(documents)
+        hidden = self.model(ids, positions, mask, cache, layout)  # (B, T, C)
         if targets is None:
             return self.lm_head(hidden[:, -1:] if last_only else hidden)
         return self.lm_head(hidden, targets)

@@ -8,15 +8,18 @@ directory computes what the quantized model computes. Writing one is `tinyllama/
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllama.errors import CheckpointError, ConfigError
+from tinyllama.model import fused
 from tinyllama.model.hf import DTYPES, lazy_tensors
 
 if TYPE_CHECKING:
@@ -138,7 +141,10 @@ def round_fp8(x: Tensor) -> Tensor:
 
 
 def round_inputs(model: Llama, kind: str | None, names: set[str]) -> None:
-    """Round the input of these modules of the model. kind: "int8", "fp8", or None for inputs as they are."""
+    """Round the input of these modules, as Hugging Face names them. kind: "int8", "fp8", or None for inputs as they are.
+
+    Where only some of a fused layer's parts are quantized, their rows alone are computed from rounded inputs.
+    """
     if kind is None:
         return
     rounding: Callable[[Tensor], Tensor] = {"int8": round_int8, "fp8": round_fp8}[kind]
@@ -146,6 +152,15 @@ def round_inputs(model: Llama, kind: str | None, names: set[str]) -> None:
     def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (rounding(arguments[0]), *arguments[1:])
 
+    def after(rows: list[slice], module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        rounded, weight = rounding(arguments[0]), module.get_parameter("weight")
+        for part in rows:
+            output[..., part] = F.linear(rounded, weight[part])
+
     for name, module in model.named_modules():
-        if name in names:
+        parts = fused.parts(f"{name}.weight", model.config)
+        chosen = [slice(part.first, part.last) for part in parts if part.name.removesuffix(".weight") in names]
+        if name in names or (chosen and len(chosen) == len(parts)):
             module.register_forward_pre_hook(before)
+        elif chosen:
+            module.register_forward_hook(functools.partial(after, chosen))

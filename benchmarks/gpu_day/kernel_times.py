@@ -274,11 +274,11 @@ def main() -> None:
     for name in BACKENDS:
         measure(f"attention: {name}", lambda name=name: backend_row(device, sizes, name))
     measure("attention: ours", lambda: our_attention(device, sizes))
+    for operation in ("norm", "rotary", "swiglu", "loss"):
+        measure(f"liger {operation}, bf16", lambda operation=operation: liger_row(device, sizes, operation))
     measure("block, eager", lambda: block_row(device, sizes, False))
     measure("block, compiled", lambda: block_row(device, sizes, True))
     measure("head and loss", lambda: loss_row(device, sizes))
-    for operation in ("norm", "rotary", "swiglu", "loss"):
-        measure(f"liger {operation}, bf16", lambda operation=operation: liger_row(device, sizes, operation))
 
 
 if __name__ == "__main__":

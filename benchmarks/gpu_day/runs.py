@@ -50,7 +50,7 @@ class Run:
     def __init__(self, command: Sequence[str], folder: Path) -> None:
         self.command, self.folder = list(command), folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._printed = open(folder.with_suffix(".printed"), "w+", errors="replace")
+        self._printed = open(folder.parent / f"{folder.name}.printed", "w+", errors="replace")
         self.began, self.first_logged_s = time.monotonic(), float("nan")
         environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
         self.process = subprocess.Popen(

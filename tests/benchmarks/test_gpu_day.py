@@ -58,6 +58,13 @@ def test_what_a_part_is_given_ends_with_its_stage_and_leaves_the_next_its_least(
         assert now + seconds + sum(least[index + 1 :]) <= end + 1e-9
 
 
+def test_where_time_is_not_shared_a_part_may_take_all_of_it():
+    parts = (Part("a", "m", 40), Part("b", "m", 35))
+    assert plan.allowance(Stage(6, "", 0, parts, shared=False), 0, 100.0, 0.0) == (100.0, "")
+    assert plan.allowance(Stage(5, "", 0, parts), 0, 100.0, 0.0) == (65.0, "")
+    assert plan.allowance(Stage(5, "", 0, parts), 0, 50.0, 0.0) == (40.0, "")
+
+
 # -- Rows -----------------------------------------------------------------------------------------------------------------
 
 

@@ -175,8 +175,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     dist.barrier(group=control)  # a watchdog must not read the heartbeats of a run before this one
     watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s)
     injection.attach(beat)
-    if (free := memory.free_bytes(device, control)) is not None:  # with a GPU its memory decides
-        deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node, free)
+    free = memory.free_bytes(device, control)
 
     # What a checkpoint says of the run besides its weights; the first part changes from step to step.
     progress = {
@@ -192,7 +191,6 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         **progress,
         "mixture_sha256": mixture.sha256,
         "recipe": recipe.to_dict(),
-        "deepspeed": {**deepspeed_config, **monitor_sections},
         "init_from": None,
         "versions": saved.versions(),
         "git": saved.commit() if rank == 0 else {},
@@ -212,6 +210,10 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         start.refuse_other_start(found[1].get("init_from"), arguments.init_from, found[0])
         state["init_from"] = found[1].get("init_from")
         state.update({key: found[1].get(key, start) for key, start in progress.items()})
+    if free is not None:  # with a GPU its memory decides
+        division = found[1].get("batch") if found else None
+        deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node, free, division)
+    state.update(deepspeed={**deepspeed_config, **monitor_sections}, batch=plan.division)
 
     # -- Model, optimizer, engine -----------------------------------------------------------------------------------
     with torch.device("meta"):  # every weight is filled below, from the checkpoint or the seed
@@ -276,7 +278,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         resolved = {
             "recipe": recipe.to_dict(),
             "deepspeed": state["deepspeed"],
-            "batch": {"micro": plan.micro, "accumulation": plan.accumulation, "ranks": ranks},
+            "batch": plan.division,
             "reduce_once": plan.reduce_once,
             "device": device_name(),
             "num_parameters": recipe.model.num_parameters,

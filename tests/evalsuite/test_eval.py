@@ -324,7 +324,9 @@ def test_table_marks_protocol_confidence_and_faults(native):
         assert words in text or (words == "n/a" and "no published problem-solving row" in text)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    assert "| harness" in (native[0] / "table.md").read_text()
+    written = (native[0] / "table.md").read_text()
+    assert "| harness" in written
+    assert "native backend, float32)" in written
 
 
 def test_conversions_that_need_no_comparison_say_why(finished_run, export, tmp_path):

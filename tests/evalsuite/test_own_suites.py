@@ -61,7 +61,9 @@ def test_a_suite_is_evaluated_as_it_says(measured, folder):
     assert f"{100 * mean['value']:.2f}" in line
     prompts = [json.loads(row)["arguments"][0][0] for row in (output / "samples" / "riddles.jsonl").open()]
     assert all(prompt.count("Riddle: ") == 2 for prompt in prompts)
-    assert "| Riddles | harness | acc_norm |" in (output / "table.md").read_text()
+    table = (output / "table.md").read_text()
+    assert "| Riddles | harness | acc_norm |" in table
+    assert "(native backend, float32)" in table
 
 
 def test_suites_are_compared(measured, tmp_path):

@@ -124,6 +124,7 @@ class Day:
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
             "TORCH_EXTENSIONS_DIR": str(self.work / "extensions"),
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),  # as a training run
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "GPU_DAY_ROWS": str(self.rows_path),

@@ -17,7 +17,6 @@ from gpu_day import pack, plan, rows
 from gpu_day.check import check_files, faults
 from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, table
 from gpu_day.plan import Part, Stage
-from gpu_day.shares import shares
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -210,7 +209,7 @@ def test_an_unknown_stage_is_one_line(tmp_path):
     assert "--stage 9; valid: 0, 1, 2, 3, 4, 5, 6" in done.stderr
 
 
-# -- Pack, verdict, shares ----------------------------------------------------------------------------------------------
+# -- Pack, verdict ----------------------------------------------------------------------------------------------
 
 
 def test_more_than_can_be_carried_is_refused_with_the_figure():
@@ -246,19 +245,6 @@ def test_the_verdict_names_what_failed_what_was_skipped_and_what_left_no_row(tmp
     found = "\n".join(faults(rows.read(path), {0, 3}))
     for text in ("disk: skipped", "ValueError: no", "matmul began", "default left no row", "deterministic left no row"):
         assert text in found
-
-
-def test_shares_add_up_and_know_the_kernels_of_a_step():
-    kernels = [
-        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", 60.0, 10),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", 10.0, 2),
-        ("triton_poi_fused_mul_silu_0", 20.0, 4),
-        ("void at::native::vectorized_elementwise_kernel<4>", 5.0, 1),
-        ("Memcpy DtoD (Device -> Device)", 5.0, 1),
-    ]
-    found = shares(kernels)
-    assert found == pytest.approx({"GEMM": 0.6, "elementwise": 0.25, "attention": 0.1, "copy": 0.05})
-    assert sum(found.values()) == pytest.approx(1)
 
 
 def test_rows_of_a_day_are_json_lines(tmp_path):

@@ -122,9 +122,8 @@ def attention_row(
         "kernels": [[row.name, row.total_us / 1000, row.calls] for row in found_kernels[:8]],
         "shape": sizes.attention,
     }
-    figure = (
-        f"{forward:.2f} ms forward, {both:.2f} with backward, {values['forward_backward_flops'] / 1e12:.0f} TFLOP/s"
-    )
+    rate = 3.5 * flops / (both / 1000) / 1e12
+    figure = f"{' + '.join(ran) or 'unknown'}: {forward:.2f} ms forward, {both:.2f} with backward, {rate:.0f} TFLOP/s"
     return judged(figure, errors, values)
 
 
@@ -150,7 +149,7 @@ def our_attention(device: Processor, sizes: Sizes) -> tuple[str, dict[str, Any]]
     kernels, choices = choose({}, Setting(device.torch_device, True))
     figure, values = attention_row(device, sizes, kernels.attention, transposed=True)
     table = {choice.operation: [choice.kernel, choice.why] for choice in choices}
-    return f"{table['attention'][0]}: {figure}", {**values, "choices": table}
+    return f"{table['attention'][0]}, ran {figure}", {**values, "choices": table}
 
 
 # -- A block, liger's kernels, the loss ----------------------------------------------------------------------------------

@@ -51,15 +51,15 @@ TINY_MODEL = [
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
 
 
-def wants_gpu(config: pytest.Config) -> bool:
-    """Whether `-m gpu` is asked for."""
-    words = str(config.option.markexpr).split()
+def wants_gpu(expression: str) -> bool:
+    """Whether an expression after `-m` asks for the tests of a GPU: `gpu`, `gpu or slow`, but not `not gpu`."""
+    words = expression.replace("(", " ").replace(")", " ").split()
     return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words, strict=False))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without `-m gpu` this process and its children find no GPU: tests start two ranks, and compare with other machines."""
-    if not wants_gpu(config):
+    if not wants_gpu(config.option.markexpr):
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     of_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not of_gpu:
         return
-    if not wants_gpu(config):
+    if not wants_gpu(config.option.markexpr):
         config.hook.pytest_deselected(items=of_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         return

@@ -44,10 +44,11 @@ def free_bytes(device: torch.device, control: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def explained(plan: BatchPlan, checkpointing: bool, first: bool = True) -> Iterator[None]:
+def explained(plan: BatchPlan | None, checkpointing: bool = False, first: bool = True) -> Iterator[None]:
     """Around what takes the memory that a run needs: too little of it is a ConfigError that says what to change.
 
-    first: only in the first step. Later ones need no more, so that the same command may go on from the last checkpoint.
+    plan: of the steps; None where weights and optimizer are set up. first: only in the first step. Later ones need no more,
+    so that the same command may go on from the last checkpoint.
     """
     import torch
 
@@ -56,11 +57,14 @@ def explained(plan: BatchPlan, checkpointing: bool, first: bool = True) -> Itera
     except torch.OutOfMemoryError as error:
         if not first:
             raise
+        tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        reason, other = tried[0] if tried else error, "use another ZeRO stage, more ranks, or --deepspeed zero3_offload"
+        if plan is None:
+            raise ConfigError(f"out of memory for weights and optimizer: {reason}", fix=other) from error
         smaller = [f"training.micro_batch_sequences={plan.micro // 2}"] if plan.micro > 1 else []
         smaller += [] if checkpointing else ["training.activation_checkpointing=true"]
         settings = " or ".join(f"--set {setting}" for setting in smaller)
-        tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         raise ConfigError(
-            f"out of memory at micro {plan.micro} x {plan.sequence_length} tokens: {tried[0] if tried else error}",
-            fix=f"give {settings}" if settings else "use another ZeRO stage, more ranks, or --deepspeed zero3_offload",
+            f"out of memory at micro {plan.micro} x {plan.sequence_length} tokens: {reason}",
+            fix=f"give {settings}" if settings else other,
         ) from error

@@ -64,6 +64,16 @@ class BatchPlan:
     def tokens(self) -> int:
         return self.sequences * self.sequence_length
 
+    @property
+    def division(self) -> dict[str, Any]:
+        """What the order of a step's sums depends on, for its checkpoints."""
+        return {
+            "micro": self.micro,
+            "accumulation": self.accumulation,
+            "ranks": self.ranks,
+            "reduce_once": self.reduce_once,
+        }
+
     def samples(self, step: int, rank: int, micro_step: int) -> range:
         """Sample numbers that `rank` reads in one micro-step. The step's set is the same for any division."""
         first = step * self.sequences + (micro_step * self.ranks + rank) * self.micro
@@ -129,10 +139,13 @@ def resolve_deepspeed(
     ranks: int,
     ranks_per_node: int | None = None,
     free_bytes: int | None = None,
+    began: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], BatchPlan]:
     """The JSON with every "auto" resolved, and the batch plan. Contradictions with the recipe are refused.
 
-    ranks_per_node: on each machine; all of them when None. free_bytes: of each rank's GPU; None on a CPU.
+    ranks_per_node: on each machine; all of them when None. free_bytes: of each rank's GPU; None on a CPU. began: what a
+    resumed run's checkpoint says of its division (`BatchPlan.division`); on as many ranks it stays, where it fits, for the
+    order of the sums depends on it.
     """
     resolved = copy.deepcopy(config)
     zero = resolved["zero_optimization"]
@@ -147,6 +160,8 @@ def resolve_deepspeed(
     def fits(micro: int, once: bool) -> bool:
         return free_bytes is not None and need(resolved, recipe, ranks, micro, once).total <= USABLE * free_bytes
 
+    if began and micro is None and began["ranks"] == ranks and fits(began["micro"], began["reduce_once"]):
+        micro, wanted = began["micro"], began["reduce_once"] if wanted is None else wanted
     once = wanted is True and stage > 1
     plan = plan_batch(recipe, ranks, micro, None if free_bytes is None else lambda micro: fits(micro, once))
     once = reduces_once(wanted, stage, plan.accumulation, offload, room=fits(plan.micro, True))

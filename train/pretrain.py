@@ -146,6 +146,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     from rich.markup import escape
 
     from tinyllama import checkpoint
+    from tinyllama.model.fp8 import set_precision
     from tinyllama.model.hf import fill
     from tinyllama.model.kernels import Setting, choose, confirm
     from tinyllama.model.llama import Block, Llama
@@ -174,8 +175,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     dist.barrier(group=control)  # a watchdog must not read the heartbeats of a run before this one
     watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s)
     injection.attach(beat)
-    if (free := memory.free_bytes(device, control)) is not None:  # with a GPU its memory decides
-        deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node, free)
+    free = memory.free_bytes(device, control)
 
     # What a checkpoint says of the run besides its weights; the first part changes from step to step.
     progress = {
@@ -191,7 +191,6 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         **progress,
         "mixture_sha256": mixture.sha256,
         "recipe": recipe.to_dict(),
-        "deepspeed": {**deepspeed_config, **monitor_sections},
         "init_from": None,
         "versions": saved.versions(),
         "git": saved.commit() if rank == 0 else {},
@@ -211,6 +210,10 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         start.refuse_other_start(found[1].get("init_from"), arguments.init_from, found[0])
         state["init_from"] = found[1].get("init_from")
         state.update({key: found[1].get(key, start) for key, start in progress.items()})
+    if free is not None:  # with a GPU its memory decides
+        division = found[1].get("batch") if found else None
+        deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node, free, division)
+    state.update(deepspeed={**deepspeed_config, **monitor_sections}, batch=plan.division)
 
     # -- Model, optimizer, engine -----------------------------------------------------------------------------------
     with torch.device("meta"):  # every weight is filled below, from the checkpoint or the seed
@@ -241,11 +244,14 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     doubts: list[str] = []
     if device.type == "cuda":
         choices, doubts = confirm(kernels, choices, setting, recipe.model, recipe.data.sequence_length)
+    bf16 = deepspeed_config.get("bf16", {}).get("enabled", False)
+    micro_batch_tokens = plan.micro * recipe.data.sequence_length
+    choices.append(set_precision(recipe.training.precision, bf16, model, device, micro_batch_tokens))
     if recipe.training.compile == "block" and deepspeed_config["zero_optimization"]["stage"] == 3:
         # A block's weights are gathered as one, outside of what is compiled.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     optimizer = build_optimizer(model, recipe, "offload_optimizer" in deepspeed_config["zero_optimization"])
-    with memory.explained(plan, recipe.training.activation_checkpointing):
+    with memory.explained(None):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     if recipe.training.compile == "block":
         model.compile_blocks()
@@ -272,7 +278,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         resolved = {
             "recipe": recipe.to_dict(),
             "deepspeed": state["deepspeed"],
-            "batch": {"micro": plan.micro, "accumulation": plan.accumulation, "ranks": ranks},
+            "batch": plan.division,
             "reduce_once": plan.reduce_once,
             "device": device_name(),
             "num_parameters": recipe.model.num_parameters,
@@ -282,6 +288,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "peak_flops_source": peak_source,
             "init_from": state["init_from"],
             "kernels": {choice.operation: choice.kernel for choice in choices},
+            "kernels_ran": {choice.operation: choice.ran for choice in choices if choice.ran},
             "mixture_sha256": mixture.sha256,
             "versions": state["versions"],
             "git": state["git"],

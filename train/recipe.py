@@ -23,6 +23,7 @@ SPIKE_POLICIES = ("warn", "skip", "rewind")
 SCHEDULES = ("cosine", "wsd")
 DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 COMPILE = ("block", "whole")
+PRECISIONS = ("bf16", "fp8")
 KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
     "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "flex", "sdpa", "blocked"),
     "norm": ("liger", "torch"),
@@ -71,7 +72,8 @@ class TrainingConfig:
     """How long and in which portions, and how it is computed.
 
     micro_batch_sequences: sequences on one rank at a time; derived when null. compile: "block" compiles each layer (all
-    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. reduce_once: gradients are
+    share one compiled function, seconds), "whole" the whole model (minutes), null nothing. precision: of the matrix
+    products of the blocks, "bf16" (the DeepSpeed file's own) or "fp8" (`tinyllama/model/fp8.py`). reduce_once: gradients are
     reduced over the ranks once a step, not after each micro-batch (ZeRO stages 2 and 3; every rank then holds all of them in
     fp32); where a GPU has room for that when null. deterministic: the same bits in every run on the same hardware, at the
     price of speed (`train/determinism.py`).
@@ -84,6 +86,7 @@ class TrainingConfig:
     reduce_once: bool | None = None
     compile: str | None = "block"
     deterministic: bool = False
+    precision: str = "bf16"
     kernels: KernelsConfig = KernelsConfig()
     seed: int = 1337
     log_every_steps: int = 1
@@ -214,6 +217,7 @@ class Recipe:
             ("optimizer.schedule", opt.schedule, SCHEDULES),
             ("optimizer.decay_shape", opt.decay_shape, DECAY_SHAPES),
             ("training.compile", self.training.compile, COMPILE),
+            ("training.precision", self.training.precision, PRECISIONS),
             *((f"training.kernels.{k}", getattr(self.training.kernels, k), names) for k, names in KERNELS.items()),
         ]
         for key, name, valid in named:

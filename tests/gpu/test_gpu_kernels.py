@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_devices import each_device, on_gpu, relative_error, slow_on_cpu
+from gpu_devices import each_device, relative_error, slow_on_cpu
 from test_kernels import REFERENCES, values_and_gradients
 
-from tinyllama.errors import ConfigError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.kernels import TABLE, Setting, choose
 from tinyllama.model.llama import Llama
@@ -84,13 +83,3 @@ def test_compiled_blocks_in_bf16_are_as_near_to_fp32_as_eager_ones(device):
     assert compiled[0] < 1e-3
     assert max(eager) < 5e-2, eager
     assert all(mine < 1.5 * other + 5e-3 for mine, other in zip(compiled, eager, strict=True)), (compiled, eager)
-
-
-@on_gpu
-def test_a_kernel_that_is_not_installed_names_the_extra(device):
-    setting = Setting(torch.device(device))
-    missing = [(o, n) for o, names in TABLE.items() for n, k in names.items()
-               if (k.missing(setting) or "").endswith("installed")]  # fmt: skip
-    for operation, name in missing:
-        with pytest.raises(ConfigError, match=r"tinyllama\[(gpu|flash2|flash4)\]"):
-            choose({operation: name}, setting)

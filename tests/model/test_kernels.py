@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tinyllama.errors import ConfigError
 from tinyllama.model import ops
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.kernels import PLAIN, TABLE, Choice, Machine, Setting, choose, confirm, decide, what_ran
+from tinyllama.model.kernels import PLAIN, TABLE, Choice, Machine, Setting, choose, confirm, decide, what_ran, within
 from tinyllama.model.llama import Llama
 from tinyllama.model.ops import IGNORE_INDEX
 from tinyllama.model.ran import classify
@@ -170,19 +170,17 @@ def test_a_chunk_of_the_loss_fits_the_device():
         chunk = ops.loss_chunk_tokens(vocabulary, "cuda")
         assert chunk & (chunk - 1) == 0
         assert 1024 <= chunk <= 16384
-        assert chunk * vocabulary * 2 <= ops.LOGITS_BYTES
-        assert chunk == 16384 or chunk * vocabulary * 4 > ops.LOGITS_BYTES
+        assert chunk * vocabulary * 4 <= ops.LOSS_BYTES
+        assert chunk == 16384 or chunk * vocabulary * 8 > ops.LOSS_BYTES
 
 
-def test_the_gradient_written_over_the_logits_is_the_gradient():
-    logits = torch.randn(50, 301, generator=torch.Generator().manual_seed(0)).bfloat16()
-    targets = torch.arange(50).where(torch.arange(50) > 3, torch.tensor(IGNORE_INDEX))
-    loss, gradient = ops.loss_and_gradient(logits, targets)
-    mine = logits.clone()
-    found, over = torch.compile(ops.loss_and_gradient_, dynamic=False)(mine, targets)
-    torch.testing.assert_close(found, loss)
-    torch.testing.assert_close(mine, gradient)
-    assert over.data_ptr() == mine.data_ptr()
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_compiled_loss_equals_its_fp32_reference_in_value_and_gradient(device):
+    expected = values_and_gradients(reference_loss, inputs("loss"), 2)
+    kernels, _ = choose({"loss": "chunked"}, Setting(torch.device(device), compiled=True))
+    given = [x.to(device, torch.bfloat16 if x.is_floating_point() else x.dtype) for x in inputs("loss")]
+    for mine, reference in zip(values_and_gradients(kernels.loss, given, 2), expected, strict=True):
+        assert ((mine - reference).norm() / reference.norm()).item() < RELATIVE_ERROR[torch.bfloat16]
 
 
 def test_a_second_backward_pass_of_the_loss_gives_the_same_gradients():
@@ -412,6 +410,21 @@ def test_the_table_says_what_ran_and_warns_of_another():
         confirm(dataclasses.replace(PLAIN, attention=refuses), shadowed, Setting(torch.device("cpu")), config, 96)
 
 
+@pytest.mark.parametrize(
+    ("operation", "name", "what"),
+    [
+        ("attention", "flash-attn-2", r"pip install 'tinyllama\[flash2\]' --no-build-isolation"),
+        ("attention", "flash-attn-4", r"pip install 'tinyllama\[flash4\]'"),
+        ("attention", "flash-attn-3", "build it from"),
+        ("norm", "liger", r"pip install 'tinyllama\[gpu\]'"),
+    ],
+)
+def test_a_kernel_that_is_not_installed_names_what_brings_it(operation, name, what):
+    machine = Machine("cuda", (9, 0), (2, 11), 91900, BARE)
+    with pytest.raises(ConfigError, match=f"is not installed; {what}"):
+        decide({operation: name}, Setting(torch.device("cuda"), on=machine))
+
+
 @pytest.mark.parametrize("operation", list(TABLE))
 def test_a_kernel_that_cannot_be_used_is_an_error_and_not_another_one(operation):
     name = next(iter(TABLE[operation]))
@@ -419,11 +432,19 @@ def test_a_kernel_that_cannot_be_used_is_an_error_and_not_another_one(operation)
         choose({operation: name}, Setting(torch.device("cpu")))
 
 
-def test_a_gpu_kernel_that_is_not_installed_names_what_brings_it():
-    setting = Setting(torch.device("cuda"), on=Machine("cuda", (9, 0), (2, 11), 91900, frozenset()))
-    missing = [(o, n) for o, names in TABLE.items() for n, k in names.items()
-               if (k.missing(setting) or "").endswith("installed")]  # fmt: skip
-    assert {operation for operation, _ in missing} == set(TABLE)
-    for operation, name in missing:
-        with pytest.raises(ConfigError, match=r"is not installed; pip install"):
-            decide({operation: name}, setting)
+@pytest.mark.parametrize(("backend", "fused"), [("FLASH_ATTENTION", True), ("MATH", False)])
+def test_a_backend_of_torch_is_named_in_the_compiled_graph_and_breaks_none(backend, fused):
+    from torch._dynamo.backends.common import aot_autograd
+
+    operators: list[str] = []
+
+    def keep(graph, _):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(within(backend), backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=False)
+    compiled(*[x.requires_grad_() for x in inputs("attention")]).sum().backward()
+    flash = "aten._scaled_dot_product_flash_attention_for_cpu"
+    assert any(name.startswith(flash) for name in operators) == fused
+    assert any(name.startswith(f"{flash}_backward") for name in operators) == fused
+    assert any(name.startswith("aten.bmm") for name in operators) != fused

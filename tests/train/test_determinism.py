@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import train
 
 from train.proof import bit_for_bit
 
@@ -53,3 +54,16 @@ def test_a_probe_is_bit_for_bit_on_a_cpu_or_where_the_run_is_deterministic(devic
     assert bit_for_bit(dict(conditions), conditions) == exact
     assert not bit_for_bit({**conditions, "ranks": 2}, conditions)
     assert not bit_for_bit({"ranks": 1, "device": device}, conditions)  # written before the setting existed
+
+
+@pytest.mark.slow
+def test_on_a_cpu_a_deterministic_run_has_the_numbers_of_another(finished_run, stores, tmp_path):
+    train(stores, tmp_path / "run", "training.tokens=6912", "training.deterministic=true")
+    runs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (finished_run, tmp_path / "run")
+    ]
+    for key in ("loss", "grad_norm", "validation"):
+        one, other = ([entry[key] for entry in run if key in entry] for run in runs)
+        assert one == other
+        assert one

@@ -70,6 +70,19 @@ def test_the_micro_batch_is_the_largest_that_fits(stage, ranks, capacity, micro,
     assert given["train_micro_batch_size_per_gpu"] == same.micro == 2
 
 
+def test_a_resumed_run_keeps_its_division_where_it_fits():
+    recipe, raw = load_recipe(), read_deepspeed(CONFIGS / "zero3.json")
+    _, first = resolve_deepspeed(raw, recipe, 1, free_bytes=80 * GB)
+    assert (first.micro, first.reduce_once) == (16, True)
+    for free, ranks, expected in ((141, 1, first.division), (40, 1, None), (80, 2, None)):
+        _, fresh = resolve_deepspeed(raw, recipe, ranks, free_bytes=free * GB)
+        _, resumed = resolve_deepspeed(raw, recipe, ranks, free_bytes=free * GB, began=first.division)
+        assert resumed.division == (expected or fresh.division)
+    asked = load_recipe(settings=["training.micro_batch_sequences=2"])
+    assert resolve_deepspeed(raw, asked, 1, free_bytes=80 * GB, began=first.division)[1].micro == 2
+    assert fresh.division != first.division
+
+
 def test_a_small_model_is_not_given_more_than_makes_it_faster():
     recipe = load_recipe("tinyllama_120m")
     _, plan = resolve_deepspeed(read_deepspeed(CONFIGS / "zero1.json"), recipe, 1, free_bytes=141 * GB)
@@ -144,6 +157,8 @@ def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
         )
     least = explained(replace(plan, micro=1), checkpointing=True)
     with pytest.raises(ConfigError, match="use another ZeRO stage"), least:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(ConfigError, match=r"for weights and optimizer.*zero3_offload"), explained(None):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError), explained(plan, checkpointing=False, first=False):
         raise torch.OutOfMemoryError("CUDA out of memory.")

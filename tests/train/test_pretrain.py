@@ -76,18 +76,27 @@ def test_run_directory_has_what_is_promised(finished_run):
 
 
 @pytest.mark.parametrize(
-    ("stage", "masked", "once"),
-    [(3, False, False), (3, True, True), (2, False, True), (1, False, False)],
-    ids=["zero3", "zero3-masked", "zero2", "zero1"],
+    ("stage", "masked", "once", "compiled"),
+    [
+        pytest.param(3, False, False, "null", id="zero3"),
+        pytest.param(3, True, True, "null", id="zero3-masked"),
+        pytest.param(3, True, True, "block", id="zero3-masked-compiled", marks=pytest.mark.slow),
+        pytest.param(2, False, True, "null", id="zero2"),
+        pytest.param(1, False, False, "null", id="zero1"),
+    ],
 )
-def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked, once):
+def test_losses_and_weights_follow_a_plain_torch_loop(stores, tmp_path, stage, masked, once, compiled):
     """The whole engine in fp32 against the same model, batches and AdamW without DeepSpeed."""
     config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
     config["bf16"] = {"enabled": False}
     (tmp_path / "fp32.json").write_text(json.dumps(config))
     more = ["training.tokens=6144", "training.micro_batch_sequences=2"]  # 3 micro-steps on each of 2 ranks
-    more += [f"data.document_masking={str(masked).lower()}", f"training.deterministic={str(stage == 2).lower()}"]
-    more += [f"training.reduce_once={str(once).lower()}"]
+    more += [
+        f"data.document_masking={str(masked).lower()}",
+        f"training.reduce_once={str(once).lower()}",
+        f"training.compile={compiled}",
+        f"training.deterministic={str(stage == 2).lower()}",
+    ]
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", str(tmp_path / "fp32.json")))
     recipe, mixture = recipe_of(tmp_path / "run"), mixture_of(tmp_path / "run", stores)
 

@@ -98,7 +98,7 @@ def _flash_attn_2(setting: Setting) -> Callable[..., Tensor]:
     return attention
 
 
-def _within(backend: str) -> Callable[..., Tensor]:
+def within(backend: str) -> Callable[..., Tensor]:
     """torch's attention by one backend; an error where that refuses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,7 +118,7 @@ def _flash_in_torch(version: str) -> Callable[[Setting], Callable[..., Tensor]]:
         from torch.nn.attention import activate_flash_attention_impl
 
         activate_flash_attention_impl(version)
-        return _within("FLASH_ATTENTION")
+        return within("FLASH_ATTENTION")
 
     return build
 
@@ -167,8 +167,7 @@ def _liger_loss(_: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _chunked(setting: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if not setting.compiled:
         return ops.chunked_loss
-    of_logits = ops.loss_and_gradient_ if setting.machine.device == "cuda" else ops.loss_and_gradient
-    return functools.partial(ops.chunked_loss, of_logits=torch.compile(of_logits, dynamic=False))
+    return functools.partial(ops.chunked_loss, of_logits=torch.compile(ops.loss_and_gradient, dynamic=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +249,7 @@ TABLE: dict[str, dict[str, Kernel]] = {
         ),
         "cudnn": Kernel(
             all_of(no_cudnn, *_LIMITS, not_deterministic),
-            lambda _: _within("CUDNN_ATTENTION"),
+            lambda _: within("CUDNN_ATTENTION"),
             _cudnn_is_fastest,
             "cudnn",
         ),
@@ -301,7 +300,7 @@ def decide(wanted: Mapping[str, str | None], setting: Setting) -> list[Choice]:
             if reason := kernels[name].missing(setting):
                 raise ConfigError(
                     f"training.kernels.{operation}={name!r}: {reason}",
-                    fix="pip install 'tinyllama[gpu]'" if reason.endswith("installed") else _usable(operation, setting),
+                    fix=_install(name) if reason.endswith("installed") else _usable(operation, setting),
                 )
             why = "as the recipe says"
         else:
@@ -320,6 +319,13 @@ def choose(wanted: Mapping[str, str | None], setting: Setting) -> tuple[Kernels,
     functions = {choice.operation: TABLE[choice.operation][choice.kernel].build(setting) for choice in choices}
     attention = next(choice.kernel for choice in choices if choice.operation == "attention")
     return Kernels(**functions, layout=_layout(attention)), choices
+
+
+def _install(name: str) -> str:
+    if name == "flash-attn-3":
+        return "build it from the folder hopper/ of FlashAttention's repository; no index has it"
+    extra = {"flash-attn-2": "flash2", "flash-attn-4": "flash4"}.get(name, "gpu")
+    return f"pip install 'tinyllama[{extra}]'" + (" --no-build-isolation" if extra == "flash2" else "")
 
 
 def _usable(operation: str, setting: Setting) -> str:

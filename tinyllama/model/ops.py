@@ -154,24 +154,19 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.to(logits.dtype)
 
 
-def loss_and_gradient_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `loss_and_gradient`, the gradient written over the logits: a chunk of them lies in memory once."""
-    loss, gradient = loss_and_gradient(logits, targets)
-    return loss, logits.copy_(gradient)
-
-
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (M, N), fp32, plus a (M, L) @ b (L, N), in place.
 
     On a GPU the product itself adds into the total: no product in low precision is written, read and rounded first.
+    (Not inside a whole compiled model, where the compiler has no such product.)
     """
-    if total.device.type == "cuda":
+    if total.device.type == "cuda" and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a @ b
 
 
-LOGITS_BYTES = 512 * 2**20  # of a chunk in 16 bits, on a GPU
+LOSS_BYTES = 2**30  # for a chunk's logits and their gradient in 16 bits, on a GPU
 
 
 def loss_chunk_tokens(vocabulary: int, device: str) -> int:
@@ -182,7 +177,7 @@ def loss_chunk_tokens(vocabulary: int, device: str) -> int:
     """
     if device != "cuda":
         return 1024
-    most = LOGITS_BYTES // (2 * vocabulary)
+    most = LOSS_BYTES // (4 * vocabulary)
     return min(16384, max(1024, 1 << (most.bit_length() - 1)))
 
 

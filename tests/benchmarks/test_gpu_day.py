@@ -79,6 +79,17 @@ def test_rows_are_read_back_and_what_is_no_number_is_null(tmp_path):
     assert "ZeroDivisionError" in table(found)
 
 
+def test_the_table_counts_tests_and_names_those_that_failed(tmp_path):
+    mine = rows.Rows(tmp_path / ROWS, 1, "kernel tests")
+    for number in range(30):
+        mine.add(f"test_gpu_kernels.py::test_{number}", rows.OK)
+    mine.add("test_gpu_kernels.py::test_bad", rows.FAILED, error="assert 1 == 2")
+    head, failed, counts = table(rows.read(tmp_path / ROWS)).splitlines()
+    assert head.startswith("stage")
+    assert "test_bad" in failed
+    assert counts.endswith("30 ok, 1 failed")
+
+
 def test_an_error_text_is_kept_whole_up_to_its_limit(tmp_path):
     long = "begin" + "x" * rows.MAX_ERROR + "end"
     entry = rows.Rows(tmp_path / ROWS, 0, "p").add("row", rows.FAILED, error=long)

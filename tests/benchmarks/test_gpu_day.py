@@ -17,7 +17,7 @@ from gpu_day import pack, plan, rows
 from gpu_day.check import check_files, faults
 from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, table
 from gpu_day.plan import Part, Stage
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.recipe import load_recipe
@@ -38,6 +38,7 @@ def test_a_stage_may_use_what_those_before_it_saved_and_none_passes_the_end():
     assert plan.ends(stages[:2], 0.0, 60.0) == {0: 30.0, 1: 52.0}
 
 
+@settings(deadline=None)
 @given(
     least=st.lists(st.floats(1, 60), min_size=1, max_size=4),
     end=st.floats(0, 500),

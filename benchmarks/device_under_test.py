@@ -79,11 +79,6 @@ class Processor:
     def _activities(self) -> list[Any]:
         return [torch.profiler.ProfilerActivity.CPU]
 
-    def kernels(self, profile: Any) -> list[tuple[str, float, int]]:
-        """(name, milliseconds, calls) of what computed on the device, longest first."""
-        found = [(event.key, event.self_cpu_time_total / 1000, event.count) for event in profile.key_averages()]
-        return sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
-
 
 class Gpu(Processor):
     """The first GPU of this machine."""
@@ -143,14 +138,6 @@ class Gpu(Processor):
 
     def _activities(self) -> list[Any]:
         return [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-
-    def kernels(self, profile: Any) -> list[tuple[str, float, int]]:
-        found = [
-            (event.key, event.self_device_time_total / 1000, event.count)
-            for event in profile.key_averages()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        ]
-        return sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
 
 
 def find_device() -> Processor:

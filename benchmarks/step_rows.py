@@ -159,14 +159,25 @@ class Plain:
 
 
 class WithDeepSpeed:
-    """DeepSpeed's engine on the shipped JSON. shape: our model's, where its sizes shall decide DeepSpeed's."""
+    """DeepSpeed's engine on the shipped JSON, its gradients summed as train/pretrain.py does.
+
+    shape: our model's, where its sizes shall decide DeepSpeed's. free_bytes: of the GPU; None on a CPU.
+    """
 
     def __init__(
-        self, model: Any, row: Row, accumulation: int, micro: int, length: int, shape: ModelConfig | None = None
+        self,
+        model: Any,
+        row: Row,
+        accumulation: int,
+        micro: int,
+        length: int,
+        shape: ModelConfig | None = None,
+        free_bytes: int | None = None,
     ) -> None:
         import deepspeed
         import torch
 
+        from train.accumulation import Accumulation
         from train.distributed import init_distributed
         from train.plan import read_deepspeed, resolve_deepspeed
         from train.recipe import Recipe
@@ -179,7 +190,7 @@ class WithDeepSpeed:
                 "training": {"batch_tokens": accumulation * micro * length, "micro_batch_sequences": micro},
             }
         )
-        resolved, _ = resolve_deepspeed(config, recipe, 1)
+        resolved, plan = resolve_deepspeed(config, recipe, 1, free_bytes=free_bytes)
         if row.compiled == "deepcompile":
             resolved["compile"] = {"deepcompile": True}
         init_distributed(resolved)
@@ -191,6 +202,8 @@ class WithDeepSpeed:
             self.engine.module.compile_blocks()
         elif row.compiled:
             self.engine.compile()
+        self.reduce_once = plan.reduce_once
+        self.gradients = Accumulation(self.engine, plan.reduce_once)
 
     def divide(self, micro: int, accumulation: int) -> None:
         """Another division of the step's batch from now on."""
@@ -198,10 +211,11 @@ class WithDeepSpeed:
         self.engine.set_train_batch_size(micro * accumulation)
 
     def step(self, micro_batches: list[tuple[Any, Any]], scale: float) -> None:
-        for ids, targets in micro_batches:
-            # DeepSpeed divides by the accumulation
-            self.engine.backward(self.engine(ids, targets) * (scale * len(micro_batches)))
-            self.engine.step()
+        with self.gradients.step():
+            for ids, targets in micro_batches:
+                # DeepSpeed divides by the accumulation
+                self.engine.backward(self.engine(ids, targets) * (scale * len(micro_batches)))
+                self.gradients.added()
 
 
 def be_one_rank(kind: str) -> None:

@@ -70,7 +70,8 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     if row.stage is None:
         made = Plain(model, row.compiled, device)
     else:
-        made = WithDeepSpeed(model, row, accumulation, micro, length)
+        free = found.memory_bytes()[0] if found.kind == "cuda" else None
+        made = WithDeepSpeed(model, row, accumulation, micro, length, free_bytes=free)
     batches = random_batches(config.vocab_size, accumulation, micro, length, device)
     step_tokens = accumulation * micro * length
 

@@ -9,6 +9,7 @@ Whatever a part does, fails, hangs or is killed, the next one begins. What it pr
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import os
 import shutil
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gpu_day import plan, rows
 from gpu_day.rows import FAILED, SKIPPED, Rows
@@ -124,6 +125,7 @@ class Day:
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TRITON_CACHE_DIR": str(self.work / "triton"),
             "TORCH_EXTENSIONS_DIR": str(self.work / "extensions"),
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),  # as a training run
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "GPU_DAY_ROWS": str(self.rows_path),
@@ -183,13 +185,20 @@ class Day:
         print(f"{time.monotonic() - began:.0f} s; {self.rows_path}, {self.out / KEPT_LOG}", flush=True)
 
 
-def table(found: list[dict]) -> str:
-    """All rows that ended, one line each: stage, row, seconds, how, figure or reason."""
+def table(found: list[dict[str, Any]]) -> str:
+    """One line per row that ended: stage, row, seconds, how, figure or reason. Tests that did not fail are counted."""
     lines = [f"{'stage':5} {'row':44} {'s':>6}  {'':7} figure"]
+    counted: dict[tuple[int, str], collections.Counter[str]] = {}
     for entry in rows.finished(found):
+        if entry["part"].endswith("tests"):
+            counted.setdefault((entry["stage"], entry["part"]), collections.Counter())[entry["status"]] += 1
+            if entry["status"] != FAILED:
+                continue
         seconds = f"{entry['seconds']:.1f}" if entry.get("seconds") is not None else "-"
         said = entry.get("figure") or entry.get("reason") or rows.last_line(entry.get("error") or "")
         lines.append(f"{entry['stage']:<5} {entry['row'][:44]:44} {seconds:>6}  {entry['status']:7} {said[:90]}")
+    for (stage, part), counts in counted.items():
+        lines.append(f"{stage:<5} {part:44} {'':>6}  {'':7} {', '.join(f'{n} {how}' for how, n in counts.items())}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from device_under_test import Processor, find_device
 
-from evalsuite.scoring import Budget, Continuation, Work, log_likelihoods
+from evalsuite.budget import budget_of
+from evalsuite.scoring import Continuation, Work, log_likelihoods
 from gpu_day.rows import FAILED, OK, SKIPPED
 from gpu_day.sizes import Around, around
 from gpu_day.training import folder_of
@@ -29,7 +30,6 @@ from tinyllama.model.config import ModelConfig
 ENDINGS = 4
 FLOAT32_TOLERANCE = 1e-2  # of a sum of up to 30 log-probabilities of about -10 each
 BF16_FACTOR = 2.0
-PASS_TOKENS = {"cpu": 4096, "cuda": 32768}  # of our passes
 
 
 def make_items(data: Path, count: int) -> list[Continuation]:
@@ -91,7 +91,7 @@ def their_scores(
 def our_scores(model: Any, wanted: list[Continuation], device: Processor) -> tuple[list[tuple[float, bool]], Work]:
     """By our own evaluation."""
     work = Work()
-    return log_likelihoods(model, wanted, Budget(PASS_TOKENS[device.kind], 256), work), work
+    return log_likelihoods(model, wanted, budget_of(model, device.memory_bytes()[0]), work), work
 
 
 def sums(scores: Sequence[tuple[float, bool]]) -> np.ndarray:

@@ -15,8 +15,8 @@ from device_under_test import Processor, find_device
 from step_rows import Plain, Row, WithDeepSpeed, be_one_rank, on_device, random_batches
 
 from gpu_day.rows import NeedsGpuError
-from gpu_day.shares import shares
 from gpu_day.sizes import Around, around
+from train import profiling
 
 REPEATS = 3
 
@@ -25,6 +25,8 @@ class Steps:
     """One model and its optimizer, and the rows that are measured with it."""
 
     def __init__(self, here: Around, device: Processor, row: Row, precision: str = "bf16") -> None:
+        from tinyllama.model.fp8 import set_precision
+
         from tinyllama.model.kernels import Setting, choose
 
         self.here, self.device, self.row, sizes = here, device, row, here.sizes
@@ -33,16 +35,17 @@ class Steps:
         kernels, choices = choose({}, Setting(device.torch_device, row.compiled is not None))
         self.model.use(kernels)
         self.kernels = {choice.operation: choice.kernel for choice in choices}
-        if precision == "fp8":
-            from tinyllama.model.fp8 import convert
-
-            convert(self.model)
+        tokens = sizes.micro * sizes.sequence_length
+        choice = set_precision(precision, True, self.model, device.torch_device, tokens)
+        self.kernels[choice.operation] = choice.kernel
         self.made: Any
         if row.stage is None:
             self.made = Plain(self.model, row.compiled, device.torch_device)
         else:
             be_one_rank(device.kind)
-            self.made = WithDeepSpeed(self.model, row, accumulation, sizes.micro, sizes.sequence_length, sizes.model)
+            free = device.memory_bytes()[0] if device.kind == "cuda" else None
+            shape = (accumulation, sizes.micro, sizes.sequence_length, sizes.model)
+            self.made = WithDeepSpeed(self.model, row, *shape, free_bytes=free)
 
     def go_eager(self) -> None:
         """From now on without the compiler, with the kernels that are chosen then."""
@@ -86,6 +89,7 @@ class Steps:
             "micro": micro,
             "step_tokens": sizes.step_tokens,
             "kernels": self.kernels,
+            "reduce_once": getattr(self.made, "reduce_once", None),
         }
         memory = values["peak_bytes"] / 2**30
         return f"{rate:,.0f} tokens/s, {rate * flops / 1e12:.1f} TFLOP/s, {memory:.1f} GiB", values
@@ -98,15 +102,13 @@ class Steps:
             self.model(ids, targets).backward()
 
         micro_step()
-        profile = self.device.profiled(micro_step)
-        kernels = self.device.kernels(profile)
-        found = shares(kernels)
+        found = profiling.shares(self.device.profiled(micro_step))
         for parameter in self.model.parameters():
             parameter.grad = None
-        total = sum(ms for _, ms, _ in kernels)
-        figure = ", ".join(f"{kind} {share:.0%}" for kind, share in found.items() if share >= 0.005)
-        values = {"shares": found, "device_ms": total, "tokens": ids.numel(), "kernels": kernels[:40]}
-        return f"{total:.1f} ms: {figure}", values
+        total = sum(row.total_us for row in found) / 1000
+        kernels = [[row.name, row.category, row.total_us / 1000, row.calls] for row in found[:40]]
+        values = {"shares": profiling.by_category(found), "device_ms": total, "tokens": ids.numel(), "kernels": kernels}
+        return f"{total:.1f} ms: {profiling.summary(found)}", values
 
 
 def plain(here: Around, device: Processor) -> None:
@@ -166,11 +168,9 @@ def deepcompile(here: Around, device: Processor) -> None:
 
 
 def fp8(here: Around, device: Processor) -> None:
-    """Blocks in FP8."""
+    """Blocks in FP8; a CPU emulates it."""
 
     def only() -> tuple[str, dict[str, Any]]:
-        if device.needs_gpu:
-            raise NeedsGpuError(device.needs_gpu)
         return Steps(here, device, Row("ours", 1, "block"), "fp8").measure(here.sizes.micro)
 
     here.rows.measure(f"FP8 by blocks, ZeRO-1, micro {here.sizes.micro}", only)

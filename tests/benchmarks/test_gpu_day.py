@@ -17,8 +17,7 @@ from gpu_day import pack, plan, rows
 from gpu_day.check import check_files, faults
 from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, table
 from gpu_day.plan import Part, Stage
-from gpu_day.shares import shares
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.recipe import load_recipe
@@ -39,6 +38,7 @@ def test_a_stage_may_use_what_those_before_it_saved_and_none_passes_the_end():
     assert plan.ends(stages[:2], 0.0, 60.0) == {0: 30.0, 1: 52.0}
 
 
+@settings(deadline=None)
 @given(
     least=st.lists(st.floats(1, 60), min_size=1, max_size=4),
     end=st.floats(0, 500),
@@ -78,6 +78,17 @@ def test_rows_are_read_back_and_what_is_no_number_is_null(tmp_path):
     assert found[0]["values"] == {"tokens_per_s": 5.0, "nothing": None}
     assert "Traceback" in found[1]["error"]
     assert "ZeroDivisionError" in table(found)
+
+
+def test_the_table_counts_tests_and_names_those_that_failed(tmp_path):
+    mine = rows.Rows(tmp_path / ROWS, 1, "kernel tests")
+    for number in range(30):
+        mine.add(f"test_gpu_kernels.py::test_{number}", rows.OK)
+    mine.add("test_gpu_kernels.py::test_bad", rows.FAILED, error="assert 1 == 2")
+    head, failed, counts = table(rows.read(tmp_path / ROWS)).splitlines()
+    assert head.startswith("stage")
+    assert "test_bad" in failed
+    assert counts.endswith("30 ok, 1 failed")
 
 
 def test_an_error_text_is_kept_whole_up_to_its_limit(tmp_path):
@@ -210,7 +221,7 @@ def test_an_unknown_stage_is_one_line(tmp_path):
     assert "--stage 9; valid: 0, 1, 2, 3, 4, 5, 6" in done.stderr
 
 
-# -- Pack, verdict, shares ----------------------------------------------------------------------------------------------
+# -- Pack, verdict ----------------------------------------------------------------------------------------------
 
 
 def test_more_than_can_be_carried_is_refused_with_the_figure():
@@ -246,19 +257,6 @@ def test_the_verdict_names_what_failed_what_was_skipped_and_what_left_no_row(tmp
     found = "\n".join(faults(rows.read(path), {0, 3}))
     for text in ("disk: skipped", "ValueError: no", "matmul began", "default left no row", "deterministic left no row"):
         assert text in found
-
-
-def test_shares_add_up_and_know_the_kernels_of_a_step():
-    kernels = [
-        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", 60.0, 10),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", 10.0, 2),
-        ("triton_poi_fused_mul_silu_0", 20.0, 4),
-        ("void at::native::vectorized_elementwise_kernel<4>", 5.0, 1),
-        ("Memcpy DtoD (Device -> Device)", 5.0, 1),
-    ]
-    found = shares(kernels)
-    assert found == pytest.approx({"GEMM": 0.6, "elementwise": 0.25, "attention": 0.1, "copy": 0.05})
-    assert sum(found.values()) == pytest.approx(1)
 
 
 def test_rows_of_a_day_are_json_lines(tmp_path):

@@ -153,8 +153,11 @@ def _liger_rotary(_: Setting) -> Callable[[Tensor, Tensor, Tensor, Tensor], tupl
 def _liger_swiglu(_: Setting) -> Callable[[Tensor], Tensor]:
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    # In place: nothing but this reads what the projection wrote, and the gradient is as large.
-    return lambda gate_up: LigerFusedGateUpSiLUMulFunction.apply(gate_up, True)
+    def swiglu(gate_up: Tensor) -> Tensor:
+        # Rows, since its gradient has two dimensions (0.8.5). In place: nothing else reads what the projection wrote.
+        return LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, -2), True).unflatten(0, gate_up.shape[:-1])
+
+    return swiglu
 
 
 def _liger_loss(_: Setting) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

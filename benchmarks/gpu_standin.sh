@@ -58,8 +58,10 @@ PYTHON
 
 # A clean copy: what git knows, and nothing that was built here.
 copy=$(mktemp -d "$home/tree.XXXXXX")
-trap 'rm -rf "$copy"' EXIT
-git ls-files -z --cached --others --exclude-standard | (while IFS= read -r -d '' name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done) |
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$copy"' EXIT
+trap 'exit 143' TERM INT
+git ls-files -z --cached --others --exclude-standard |
+    (while IFS= read -r -d '' name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done) |
     tar --null --files-from - --create | tar --extract --directory "$copy"
 PACKED_COMMIT=$(git describe --always --dirty --abbrev=12) PYTHON=${PYTHON:-$tree/.venv/bin/python} \
     "$copy/benchmarks/gpu_day.sh" pack
@@ -68,6 +70,7 @@ rm -rf "$home/out"
 # Without a network for pip and the Hugging Face libraries, and without a GPU even where there is one. The compiler need not
 # try out in every process, for many seconds, which vector instructions there are.
 env PYTHON="$environment/bin/python" OUT="$home/out" WORK="$home/work" SHAPE=tiny CUDA_VISIBLE_DEVICES= \
-    TORCHINDUCTOR_VEC_ISA_OK=1 PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONPATH= "$copy/benchmarks/gpu_day.sh" run "${stages[@]}"
+    TORCHINDUCTOR_VEC_ISA_OK=1 PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 PYTHONPATH= "$copy/benchmarks/gpu_day.sh" run "${stages[@]}" &
+wait $!
 cd "$copy/benchmarks"
 "$environment/bin/python" -m gpu_day.check "$home/out" "${numbers[@]}"

@@ -100,6 +100,9 @@ def run_limited(
     except subprocess.TimeoutExpired:
         code = None
         end(process)
+    except BaseException:  # this program is to end
+        end(process)
+        raise
     reader.join(2)  # a process that was left behind may hold the pipe
     return code, (last[0] if last else b"").decode(errors="replace")
 
@@ -155,7 +158,12 @@ class Day:
         self.log.title(f"stage {stage.number}, {stage.title}: {part.name}, at most {seconds:.0f} s")
         began = time.monotonic()
         environment = self.environment(began + seconds)
-        code, last = run_limited(self.command(stage, part), seconds, self.log, environment)
+        try:
+            code, last = run_limited(self.command(stage, part), seconds, self.log, environment)
+        except SystemExit:
+            for row in rows.unfinished(rows.read(self.rows_path), stage.number, part.name) or [part.name]:
+                mine.add(row, FAILED, error="the day was ended by a signal", seconds=time.monotonic() - began)
+            raise
         took = time.monotonic() - began
         if code is None:
             error = f"timed out after {seconds:.0f} s; the last that it printed:\n{last}"
@@ -228,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     day.work.mkdir(parents=True, exist_ok=True)
     if given.stage and 0 not in given.stage and not day.site.exists():
         chosen = (plan.INSTALL, *chosen)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     free = shutil.disk_usage(day.work).free / 1e9
     print(f"GPU day: stages {', '.join(str(s.number) for s in chosen)}; {free:.0f} GB free in {day.work}", flush=True)
     day.run(chosen, total_s)

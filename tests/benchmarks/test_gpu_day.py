@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from gpu_day import pack, plan, rows
 from gpu_day.check import check_files, faults
-from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, table
+from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, descendants, table
 from gpu_day.plan import Part, Stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,20 +197,23 @@ def test_a_part_that_prints_without_end_fills_no_disk(day, tmp_path):
     assert check_files(day.out) == []
 
 
-def test_a_day_that_is_ended_from_outside_keeps_what_it_has(tmp_path):
+def test_a_day_that_is_ended_from_outside_keeps_what_it_has_and_leaves_no_process(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "gpu_day.conduct", "--out", str(out), "--work", str(tmp_path / "work"), "--tiny"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks"), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([*command, "--stage", "0"], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:
-            if "versions" in line:
-                break
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    found = rows.finished(rows.read(out / ROWS))
-    assert "versions" in [entry["row"] for entry in found]
+    for line in process.stdout:
+        if "install" in line:  # it has ended, and the next part begins
+            break
+    time.sleep(0.5)
+    below = descendants(process.pid)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    found = {entry["row"]: entry for entry in rows.finished(rows.read(out / ROWS))}
+    assert "install" in found
+    assert any(entry.get("error") == "the day was ended by a signal" for entry in found.values())
+    assert below
+    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
 
 
 def test_an_unknown_stage_is_one_line(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tinyllama.errors import CheckpointError, ConfigError, UserError
 from tinyllama.export import RECORD, content_sha256
-from tinyllama.model import quantized
+from tinyllama.model import fused, quantized
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.fused import hf_parameters
 from tinyllama.model.hf import load_model
@@ -207,7 +207,9 @@ def test_only_quantized_layers_round_their_inputs_and_other_formats_are_refused(
     rest[f"{layer}.weight"] = plain[f"{layer}.weight"].to(BF16)
     save_file(rest, directory / "model.safetensors", metadata={"format": "pt"})
     model = load_model(directory)
-    hooked = {n for n, module in model.named_modules() if module._forward_pre_hooks}
+    ours = [n for n, module in model.named_modules() if module._forward_pre_hooks]
+    parts = {n: [part.name.removesuffix(".weight") for part in fused.parts(f"{n}.weight", model.config)] for n in ours}
+    hooked = {name for n in ours for name in parts[n] or [n]}
     assert hooked == (quantized.layers(directory) if name in ("int8", "fp8") else set())
     assert layer not in hooked
     config = json.loads((directory / "config.json").read_text())

@@ -41,7 +41,12 @@ def test_a_run_trains_resumes_under_another_stage_and_exports(stores, finished_r
 
 
 def test_sequences_that_do_not_fit_are_one_line(stores, tmp_path):
-    settings = ("training.precision=fp8", "data.sequence_length=60", "training.batch_tokens=720")
+    settings = (
+        "training.precision=fp8",
+        "data.sequence_length=60",
+        "training.batch_tokens=720",
+        "training.tokens=1440",
+    )
     done = train(stores, tmp_path / "run", *settings, "training.micro_batch_sequences=2", ranks=1, check=False)
     assert done.returncode == 2
     assert (

@@ -89,13 +89,11 @@ def inputs(operation: str) -> list:
 
 
 def of_one_product(operation: str, given: list) -> list:
-    """The same inputs as a fused projection leaves them: q, k, v or gate and up are views of one tensor."""
+    """The same inputs as a fused projection leaves them: q, k and v are views of one tensor."""
 
     def split(parts: list) -> list:
         return list(torch.cat(parts, -1).split([part.shape[-1] for part in parts], -1))
 
-    if operation == "swiglu":
-        return split(given)
     number = {"attention": 3, "rotary": 2}[operation]
     flat = [x.transpose(1, 2).flatten(2) for x in given[:number]]
     heads = [x.unflatten(2, (-1, WIDTH)).transpose(1, 2) for x in split([*flat, flat[-1]])[:number]]
@@ -132,13 +130,13 @@ def test_a_kernel_equals_its_fp32_reference_in_value_and_gradient(operation, nam
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("operation", "name"), [(o, n) for o in ("attention", "rotary", "swiglu") for n in TABLE[o] if n != "flex"]
+    ("operation", "name"), [(o, n) for o in ("attention", "rotary") for n in TABLE[o] if n != "flex"]
 )
 def test_a_kernel_takes_views_of_one_fused_product(operation, name, device):
     setting = Setting(torch.device(device))
     if reason := TABLE[operation][name].missing(setting):
         pytest.skip(f"{name}: {reason}")
-    differentiable = {"attention": 3, "rotary": 2, "swiglu": 2}[operation]
+    differentiable = {"attention": 3, "rotary": 2}[operation]
     given = inputs(operation)
     expected = values_and_gradients(REFERENCES[operation], given, differentiable)
     fused = of_one_product(operation, [a.to(device, torch.bfloat16) for a in given])

@@ -44,7 +44,7 @@ def test_ligers_kernels_give_the_values_and_gradients_of_plain_torch(environment
         (operation, dtype, fused)
         for operation in ("norm", "rotary", "swiglu", "loss")
         for dtype in ("float32", "float16")
-        for fused in ((False, True) if operation in ("rotary", "swiglu") else (False,))
+        for fused in ((False, True) if operation == "rotary" else (False,))
     }
     for row in found:
         assert row["error"] < (1e-6 if row["dtype"] == "float32" else 1.5e-3), row

@@ -55,7 +55,7 @@ def mixture_of(run: Path, stores: Path) -> Mixture:
 
 def test_run_directory_has_what_is_promised(finished_run):
     config = json.loads((finished_run / "config.json").read_text())
-    assert config["batch"] == {"micro": 6, "accumulation": 1, "ranks": 2}
+    assert config["batch"] == {"micro": 6, "accumulation": 1, "ranks": 2, "reduce_once": False}
     assert config["deepspeed"]["zero_optimization"]["stage"] == 3
     assert config["device"]
     first = metrics(finished_run)[0]

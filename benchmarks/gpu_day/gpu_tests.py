@@ -59,19 +59,8 @@ def main() -> None:
         _rows().add("tests/gpu", FAILED, error=f"{TESTS} has no such tests")
         return
     # Without the suite's own options: the plugins that they need may not be installed here.
-    given = [
-        str(TESTS),
-        "-m",
-        "gpu",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "-q",
-        "-p",
-        "gpu_day.gpu_tests",
-    ]
+    options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "gpu_day.gpu_tests"]
+    given = [*map(str, files), *options]
     code = pytest.main(given)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         _rows().add("tests/gpu", FAILED, error="pytest found no test that is marked gpu")

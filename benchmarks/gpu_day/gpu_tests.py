@@ -16,6 +16,11 @@ from gpu_day.rows import BEGAN, FAILED, OK, SKIPPED, Rows
 TESTS = ROOT / "tests" / "gpu"
 
 
+def files_of(part: str) -> list[Path]:
+    """The test files of a part: those of kernels, or all others."""
+    return sorted(path for path in TESTS.glob("test_*.py") if ("kernels" in path.name) == (part == "kernel tests"))
+
+
 def _rows() -> Rows:
     return Rows(Path(os.environ["GPU_DAY_ROWS"]), int(sys.argv[1]), sys.argv[2])
 
@@ -52,9 +57,7 @@ def pytest_collectreport(report: Any) -> None:
 def main() -> None:
     import pytest
 
-    files = sorted(
-        path for path in TESTS.glob("test_*.py") if ("kernels" in path.name) == (sys.argv[2] == "kernel tests")
-    )
+    files = files_of(sys.argv[2])
     if not files:
         _rows().add("tests/gpu", FAILED, error=f"{TESTS} has no such tests")
         return

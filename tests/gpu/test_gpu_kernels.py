@@ -34,7 +34,7 @@ def of_model_shape(operation: str) -> list:
         angles = torch.cat((angles, angles), 1)[None, None]  # (1, 1, T, D)
         return [heads(HEADS), heads(KV_HEADS), angles.cos(), angles.sin()]
     if operation == "swiglu":
-        return [torch.randn(BATCH, LENGTH, FEED_FORWARD), torch.randn(BATCH, LENGTH, FEED_FORWARD)]
+        return [torch.randn(BATCH, LENGTH, 2 * FEED_FORWARD)]
     targets = torch.randint(0, VOCABULARY, (BATCH * LENGTH,))
     targets[::9] = IGNORE_INDEX
     return [torch.randn(BATCH * LENGTH, HIDDEN), torch.randn(VOCABULARY, HIDDEN) * 0.2, targets]

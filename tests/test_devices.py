@@ -100,9 +100,12 @@ def test_fp8_units_double_the_peak_from_ada_and_hopper_on():
 
 
 def test_a_device_is_named_in_any_case_and_a_slip_is_told():
-    assert hardware.named("a100-80g-pcie").name == "A100-80G-PCIe"
+    assert hardware.named(" a100-80g-pcie").name == "A100-80G-PCIe"
+    assert hardware.named("NVIDIA H100 80GB HBM3").name == "H100"
     with pytest.raises(ConfigError, match=r"--device H1000 is not a device of the table; did you mean H100\?"):
         hardware.named("H1000")
+    with pytest.raises(ConfigError, match=r"; give one of A100-40G, A100-80G, A100-80G-PCIe$"):
+        hardware.named("A100")
 
 
 @pytest.mark.parametrize(

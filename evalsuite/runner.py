@@ -354,5 +354,5 @@ def quieten() -> None:
     """lm-eval and its libraries write progress and advice of their own; ours is shown instead."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub"):
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

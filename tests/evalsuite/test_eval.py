@@ -19,7 +19,9 @@ MC = "hellaswag,openbookqa,winogrande,arc_challenge,arc_easy,boolq,piqa"
 
 
 def evaluate(model: Path, output: Path, *more: object, tasks: str = MC, **options) -> dict:
-    tinyllama("eval", "--model", model, "--tasks", tasks, "--output", output, *more, timeout=500, **options)
+    done = tinyllama("eval", "--model", model, "--tasks", tasks, "--output", output, *more, timeout=500, **options)
+    assert "torchao" not in done.stderr  # which transformers imports, and which would complain of its GPU kernels
+    assert "register_constant" not in done.stderr
     return json.loads((output / "results.json").read_text())
 
 
@@ -58,8 +60,6 @@ json.dump({k: {m: float(v) for m, v in r.items() if isinstance(v, (int, float)) 
     arguments = [str(model), str(data), json.dumps(leaves), str(limit), str(tmp / "direct.json"), str(tmp / "home")]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "torchao" not in done.stderr  # which transformers imports, and which would complain of its GPU kernels
-    assert "register_constant" not in done.stderr
     return json.loads((tmp / "direct.json").read_text())
 
 

@@ -7,7 +7,6 @@ imports no package that builds on it. None of their command modules imports anyt
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 from typing import Annotated
@@ -17,9 +16,6 @@ import typer
 from tinyllama import __version__
 from tinyllama.errors import MissingExtraError, UserError
 
-# transformers imports torchao wherever it is installed; that says which of its GPU kernels it cannot load, and how torch
-# takes its types.
-TALKATIVE = ("torchao", "torch.utils._pytree")
 INTERRUPTED = 130  # exit code after Ctrl-C, as of shells
 COMMANDS = {
     "train": ("train.cli", "train_command"),
@@ -112,8 +108,6 @@ def _interrupted() -> None:
 
 def main() -> None:
     """Entry point of the `tinyllama` script."""
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         build()()
     except UserError as error:

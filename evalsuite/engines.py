@@ -12,9 +12,9 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from evalsuite.budget import Budget
+from evalsuite.budget import Budget, is_out_of_memory
 from evalsuite.cohorts import Prompt
 from evalsuite.forest import shares
 from evalsuite.generation import Generation
@@ -22,6 +22,7 @@ from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 
+Answers = TypeVar("Answers")
 Progress = Callable[[float], None]  # the finished part of the call at hand, 0 to 1
 
 
@@ -54,10 +55,30 @@ class Local:
         self.on_progress: Progress = quiet
 
     def score(self, wanted: list[Continuation]) -> list[tuple[float, bool]]:
-        return log_likelihoods(self.llama, wanted, self.budget, self.work, self.on_progress)
+        return self._fitting(lambda work: log_likelihoods(self.llama, wanted, self.budget, work, self.on_progress))
 
     def extend(self, prompts: list[Prompt]) -> list[list[int]]:
-        return Generation(self.llama, prompts, self.eos, self.decode).run(self.budget, self.work, self.on_progress)
+        def attempt(work: Work) -> list[list[int]]:
+            return Generation(self.llama, prompts, self.eos, self.decode).run(self.budget, work, self.on_progress)
+
+        return self._fitting(attempt)
+
+    def _fitting(self, attempt: Callable[[Work], Answers]) -> Answers:
+        """The call's answers; where memory ends outside of a pass (logits, rows' keys and values), with half of the budget.
+
+        Work counts the attempt that succeeded.
+        """
+        while True:
+            work = dataclasses.replace(self.work)
+            try:
+                found = attempt(work)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.budget.halve(error)
+                continue
+            self.work = work
+            return found
 
     def close(self) -> None:
         """Nothing to give back."""

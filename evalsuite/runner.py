@@ -25,6 +25,7 @@ from evalsuite.files import write_json, write_json_lines
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, SEED, ResultsFile
 from evalsuite.suites import Benchmark
 from tinyllama.errors import UserError
+from tinyllama.export import TALKATIVE
 
 FORMAT = "tinyllama-results-1"
 NAMES = ("tinyllama", "lm_eval", "torch", "transformers", "datasets")
@@ -354,5 +355,5 @@ def quieten() -> None:
     """lm-eval and its libraries write progress and advice of their own; ours is shown instead."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub"):
+    for name in ("lm_eval", "lm-eval", "datasets", "transformers", "huggingface_hub", *TALKATIVE):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ from tinyllama.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# transformers imports torchao wherever it is installed; that says which of its GPU kernels it cannot load, and how torch
+# takes its types.
+TALKATIVE = ("torchao", "torch.utils._pytree")
 MAX_SHARD_BYTES = 5_000_000_000
 RECORD = "tinyllama_export.json"
 # The check runs in fp32, where both sides do the same operations; what is left is the order of sums.
@@ -82,7 +86,7 @@ def check_logits(source: Path, exported: Path, dtype: str) -> float:
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as their_logging
 
     from tinyllama.model.hf import DTYPES, fill
     from tinyllama.model.llama import Llama
@@ -92,7 +96,9 @@ def check_logits(source: Path, exported: Path, dtype: str) -> float:
         ours = Llama(config)
     ours = ours.to_empty(device="cpu")
     fill(ours, ((n, t.to(DTYPES[dtype]).float()) for n, t in checkpoint.read_weights(source)), str(source))
-    logging.disable_progress_bar()
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    their_logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (2, min(128, config.max_position_embeddings)), generator=generator)

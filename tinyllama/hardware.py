@@ -84,11 +84,20 @@ def find(driver_name: str) -> Device | None:
 
 
 def named(name: str, option: str = "--device") -> Device:
-    """The device of this command line name, in any case; ConfigError names the option and the nearest one."""
+    """The device of this command line name, in any case, or of its driver's; ConfigError offers what may be meant."""
+    asked = name.strip().lower()
     for device in DEVICES:
-        if device.name.lower() == name.lower():
+        if device.name.lower() == asked:
             return device
-    raise ConfigError(f"{option} {name} is not a device of the table", fix=nearest(name, list(NAMES)))
+    if device_of_driver := find(name):
+        return device_of_driver
+    raise ConfigError(f"{option} {name} is not a device of the table", fix=meant(name, list(NAMES)))
+
+
+def meant(name: str, names: list[str]) -> str:
+    """The fix to offer for an unknown `name`: the variants of that card, A100-40G and others for A100, else the nearest."""
+    variants = [known for known in names if known.lower().startswith(f"{name.strip().lower()}-")]
+    return f"give one of {', '.join(variants)}" if variants else nearest(name, names)
 
 
 def training_peak(driver_name: str) -> tuple[float, str]:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from evalsuite.budget import Budget
 from evalsuite.cohorts import Prompt
+from evalsuite.engines import Local
 from evalsuite.forest import Forest, Passes
-from evalsuite.generation import Generation
+from evalsuite.generation import CohortsCache, Generation
 from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
@@ -182,6 +183,39 @@ def test_memory_that_ends_halves_the_passes(model, monkeypatch, batched):
     monkeypatch.undo()
     for (score, greedy), request in zip(found, wanted, strict=True):
         assert (pytest.approx(score, abs=2e-4), greedy) == alone(model, request)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_memory_that_ends_beside_the_passes_halves_the_rows(model, monkeypatch, batched):
+    """The allocator's own error, from the logits and from the attention of too many rows."""
+    attended, whole = CohortsCache.attend, model.lm_head.forward
+    sizes: list[int] = []
+
+    def limited_logits(hidden):
+        sizes.append(len(hidden))
+        return whole(hidden) if len(hidden) <= 20 else torch.empty(2**62, dtype=torch.uint8)
+
+    def limited_rows(cache, layer, q, k, v, mask):
+        sizes.append(q.shape[2])
+        return attended(cache, layer, q, k, v, mask) if q.shape[2] <= 20 else torch.empty(2**62, dtype=torch.uint8)
+
+    wanted = [Continuation([1, n, *range(3, 20)], [8]) for n in range(3, VOCABULARY)]
+    prompts = [Prompt([1, n, *range(3, 12)], 9, ("F",), float(n % 2), n) for n in range(3, VOCABULARY)]
+    enough = Local(model, Budget(4096, 64, batched), EOS, decode)
+    expected = enough.score(wanted), enough.extend(prompts)
+    short = Local(model, Budget(4096, 64, batched), EOS, decode)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", limited_logits)
+        scores = short.score(wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(CohortsCache, "attend", limited_rows)
+        texts = short.extend(prompts)
+    assert short.budget.rows < 64
+    assert max(sizes) > 20
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected[0]]
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected[0]], abs=2e-4)
+    assert texts == expected[1]
+    assert short.work.tree == enough.work.tree
 
 
 def test_weights_that_are_not_numbers_are_one_error(model):

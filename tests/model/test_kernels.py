@@ -48,7 +48,8 @@ def reference_rotary(q, k, cos, sin):
 
 
 def reference_swiglu(gate_up):
-    gate, up = gate_up[..., :176], gate_up[..., 176:]
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :half], gate_up[..., half:]
     return gate / (1 + torch.exp(-gate)) * up
 
 

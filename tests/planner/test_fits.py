@@ -8,10 +8,11 @@ import math
 import pytest
 
 from tinyllama import hardware
+from tinyllama.errors import ConfigError
 from tinyllama.planner.allocation import Allocation, Frontier, break_even_demand, implied_demand
 from tinyllama.planner.cost import Costs, dollars_per_million_tokens
 from tinyllama.planner.fits import FITS
-from tinyllama.planner.prices import Device, load_prices
+from tinyllama.planner.prices import Device, find_device, load_prices
 from tinyllama.planner.published import PUBLISHED_RUNS
 from tinyllama.planner.repeats import Data, effective_tokens, repeat_value, tokens_for_effective
 
@@ -192,8 +193,11 @@ def test_every_device_has_a_price():
 
 def test_own_prices_lie_over_the_shipped(tmp_path):
     own = tmp_path / "prices.json"
-    own.write_text(json.dumps({"H100": 1.99, "MI300X": {"dollars_per_hour": 2, "peak_flops": 1.3e15}}))
+    own.write_text(json.dumps({"h100": 1.99, "MI300X": {"dollars_per_hour": 2, "peak_flops": 1.3e15}}))
     prices = load_prices(own)
     assert prices["H100"] == Device("H100", 1.99, 989e12)
     assert prices["MI300X"].peak_flops == 1.3e15
     assert prices["H200"] == load_prices()["H200"]
+    assert len(prices) == len(load_prices()) + 1
+    with pytest.raises(ConfigError, match="--device A100 has no price; give one of A100-40G, A100-80G, A100-80G-PCIe"):
+        find_device("A100", prices, "--device")

@@ -29,10 +29,14 @@ class Device:
 
 
 def load_prices(path: Path | None = None) -> dict[str, Device]:
-    """The shipped table with the user's over it: `{"H100": 1.99, "MI300X": {"dollars_per_hour": 2, "peak_flops": 1e15}}`."""
+    """The shipped table with the user's over it: `{"H100": 1.99, "MI300X": {"dollars_per_hour": 2, "peak_flops": 1e15}}`.
+
+    A device of the shipped table may be written in any case.
+    """
     shipped: dict[str, dict[str, float]] = json.loads(PRICES.read_text())
     table = {name: {**fields, "peak_flops": hardware.named(name).flops_per_s} for name, fields in shipped.items()}
-    for name, entry in (read_object(path, "--prices") if path else {}).items():
+    for given, entry in (read_object(path, "--prices") if path else {}).items():
+        name = next((known for known in table if known.lower() == given.lower()), given)
         fields = entry if isinstance(entry, dict) else {"dollars_per_hour": entry}
         for key, value in fields.items():
             if key not in FIELDS:
@@ -70,5 +74,5 @@ def find_device(name: str, prices: dict[str, Device], option: str) -> Device:
         if known.lower() == name.lower():
             return device
     raise ConfigError(
-        f"{option} {name} has no price", fix=f"{nearest(name, list(prices))} or add it with --prices FILE"
+        f"{option} {name} has no price", fix=f"{hardware.meant(name, list(prices))} or add it with --prices FILE"
     )

@@ -16,6 +16,11 @@ from gpu_day.rows import BEGAN, FAILED, OK, SKIPPED, Rows
 TESTS = ROOT / "tests" / "gpu"
 
 
+def files_of(part: str) -> list[Path]:
+    """The test files of a part: those of kernels, or all others."""
+    return sorted(path for path in TESTS.glob("test_*.py") if ("kernels" in path.name) == (part == "kernel tests"))
+
+
 def _rows() -> Rows:
     return Rows(Path(os.environ["GPU_DAY_ROWS"]), int(sys.argv[1]), sys.argv[2])
 
@@ -52,26 +57,13 @@ def pytest_collectreport(report: Any) -> None:
 def main() -> None:
     import pytest
 
-    files = sorted(
-        path for path in TESTS.glob("test_*.py") if ("kernels" in path.name) == (sys.argv[2] == "kernel tests")
-    )
+    files = files_of(sys.argv[2])
     if not files:
         _rows().add("tests/gpu", FAILED, error=f"{TESTS} has no such tests")
         return
     # Without the suite's own options: the plugins that they need may not be installed here.
-    given = [
-        str(TESTS),
-        "-m",
-        "gpu",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-rs",
-        "-q",
-        "-p",
-        "gpu_day.gpu_tests",
-    ]
+    options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "gpu_day.gpu_tests"]
+    given = [*map(str, files), *options]
     code = pytest.main(given)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         _rows().add("tests/gpu", FAILED, error="pytest found no test that is marked gpu")

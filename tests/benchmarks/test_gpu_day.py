@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from gpu_day import pack, plan, rows
+from gpu_day import gpu_tests, pack, plan, rows
 from gpu_day.check import check_files, faults
 from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, descendants, table
 from gpu_day.plan import Part, Stage
@@ -260,6 +260,12 @@ def test_the_verdict_names_what_failed_what_was_skipped_and_what_left_no_row(tmp
     found = "\n".join(faults(rows.read(path), {0, 3}))
     for text in ("disk: skipped", "ValueError: no", "matmul began", "default left no row", "deterministic left no row"):
         assert text in found
+
+
+def test_every_gpu_test_belongs_to_one_part():
+    kernels, others = gpu_tests.files_of("kernel tests"), gpu_tests.files_of("other tests")
+    assert [path.name for path in kernels] == ["test_gpu_kernels.py"]
+    assert sorted(kernels + others) == sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
 
 
 def test_rows_of_a_day_are_json_lines(tmp_path):

@@ -6,7 +6,7 @@ step: stage 3 then sends (4 A + 2) N bytes instead of 6 N A, and does not wait f
 rank, where nothing is sent, it moves a third of the bytes through the GPU's memory.
 
 DeepSpeed's `coalesce_grad_reduction` alone would sum in the parameters' dtype: in bf16, 1 + 2^-9 is 1, and what many
-micro-batches add is lost (tests/train/test_accumulation.py shows it). Here the first micro-batch's gradients become fp32,
+micro-batches add is lost (tests/train/test_reduction.py shows it). Here the first micro-batch's gradients become fp32,
 and the later ones, whose dtype autograd leaves alone (`grad_dtype`), are added to those in place.
 """
 

@@ -35,9 +35,13 @@ def _meeting(documents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs (B, N, N) as FlexAttention wants them: how many in each row (B, 1, N), and which, first (B, 1, N, N)."""
+    """Pairs (B, N, N) as FlexAttention wants them: how many in each row (B, 1, N), and which, first (B, 1, N, N).
+
+    Contiguous: its kernels read a row of the table without asking for the stride, and sorting keeps that of its input.
+    """
     order = torch.argsort(pairs.to(torch.int32), dim=-1, descending=True, stable=True)
-    return pairs.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
+    order = order.to(torch.int32, memory_format=torch.contiguous_format)
+    return pairs.sum(-1, dtype=torch.int32).contiguous().unsqueeze(1), order.unsqueeze(1)
 
 
 def layout(documents: Tensor) -> tuple[Tensor, ...]:

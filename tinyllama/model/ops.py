@@ -157,7 +157,8 @@ def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (M, N), fp32, plus a (M, L) @ b (L, N), in place.
 
-    On a GPU the product itself adds into the total: no product in low precision is written, read and rounded first.
+    On a GPU the product itself adds into the total: no product in low precision is written, read and rounded first (torch
+    since 2.10, which takes an fp32 total of low-precision factors).
     (Not inside a whole compiled model, where the compiler has no such product.)
     """
     if total.device.type == "cuda" and not torch.compiler.is_compiling():

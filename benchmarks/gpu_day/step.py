@@ -26,7 +26,6 @@ class Steps:
 
     def __init__(self, here: Around, device: Processor, row: Row, precision: str = "bf16") -> None:
         from tinyllama.model.fp8 import set_precision
-
         from tinyllama.model.kernels import Setting, choose
 
         self.here, self.device, self.row, sizes = here, device, row, here.sizes

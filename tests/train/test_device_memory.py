@@ -144,6 +144,14 @@ def test_advice_has_the_numbers_of_both_stages():
     assert advice(estimate(TINYLLAMA, **{**arguments, "stage": 1}, gigabytes_per_s=5)) is None
 
 
+def test_advice_to_a_run_that_offloads_keeps_the_offload():
+    """On 24 GB stage 1 fits with it alone: the shipped zero1 would need more."""
+    arguments = {"tokens": 10**9, "sequence_length": 2048, "micro": 1, "accumulation": 64, "ranks": 1, "stage": 3}
+    numbers = estimate(TINYLLAMA, **arguments, offload=True, device="RTX-3090")
+    assert not estimate(TINYLLAMA, **arguments, device="RTX-3090")["stages"][1]["fits"]
+    assert advice(numbers).endswith('"stage": 1 in your DeepSpeed JSON, offload kept')
+
+
 def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
     plan = BatchPlan(8, 4, 2, 2048)
     with (

@@ -103,6 +103,10 @@ def test_a_device_is_named_in_any_case_and_a_slip_is_told():
     assert hardware.named("a100-80g-pcie").name == "A100-80G-PCIe"
     with pytest.raises(ConfigError, match=r"--device H1000 is not a device of the table; did you mean H100\?"):
         hardware.named("H1000")
+    with pytest.raises(ConfigError, match="give V100-16G or V100-32G"):
+        hardware.named("V100")
+    with pytest.raises(ConfigError, match="give A100-40G or A100-80G or"):
+        hardware.named("a100")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def named(name: str, option: str = "--device") -> Device:
     for device in DEVICES:
         if device.name.lower() == name.lower():
             return device
-    raise ConfigError(f"{option} {name} is not a device of the table", fix=nearest(name, list(NAMES)))
+    begun = [known for known in NAMES if name and known.lower().startswith(f"{name.lower()}-")]  # A100, nearest to A10
+    fix = f"give {' or '.join(begun)}" if begun else nearest(name, list(NAMES))
+    raise ConfigError(f"{option} {name} is not a device of the table", fix=fix)
 
 
 def training_peak(driver_name: str) -> tuple[float, str]:

@@ -173,8 +173,13 @@ def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
 
 
 def test_a_run_without_memory_ends_with_one_line(stores, tmp_path):
-    more = ("training.tokens=1536", "training.micro_batch_sequences=2", "training.reduce_once=true")
-    done = train(stores, tmp_path / "run", *more, extra=("--inject", "oom@0"), check=False)
+    more = (
+        "training.tokens=1536",
+        "training.micro_batch_sequences=2",
+        "training.reduce_once=true",
+        "training.compile=null",
+    )
+    done = train(stores, tmp_path / "run", *more, ranks=1, extra=("--inject", "oom@0"), check=False)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "out of memory at micro 2 x 64 tokens: injected" in line

@@ -91,7 +91,7 @@ def train_command(
         launching.launcher()  # the missing extra, if it is, before anything else
     if resume not in ("auto", "never", "must"):
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
-    if profile:
+    if profile is not None:
         profiling.parse(profile)
     if num_accelerators is not None and num_accelerators < 1:
         raise ConfigError(f"--num-accelerators {num_accelerators}", fix="give 1 or more")
@@ -140,7 +140,7 @@ def train_command(
     script += ["--recipe", recipe] if recipe else []
     script += ["--init-from", str(init_from)] if init_from else []
     script += ["--inject", inject] if inject else []
-    script += ["--profile", profile] if profile else []
+    script += ["--profile", profile] if profile is not None else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
     if several:

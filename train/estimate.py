@@ -205,6 +205,7 @@ def estimate(
         "ranks": ranks,
         "device": limits.name,
         "capacity_bytes": capacity,
+        "offload": offload,
         "assumed_mfu": mfu,
         "assumed_gigabytes_per_s": gigabytes_per_s,
         "stage": stage,
@@ -221,10 +222,12 @@ def advice(numbers: dict[str, Any]) -> str | None:
         return None
     now, other = numbers["stages"][numbers["stage"]], numbers["stages"][best]
     fits = f"ZeRO-{best} fits ({other['memory_bytes']['total'] / 1e9:.1f} of {numbers['capacity_bytes'] / 1e9:.0f} GB)"
+    # Without the offload, which the numbers are for, the shipped stage may not fit.
+    how = f'"stage": {best} in your DeepSpeed JSON, offload kept' if numbers["offload"] else f"--deepspeed zero{best}"
     if numbers["ranks"] == 1:
-        return f"{fits} and on one GPU spares the work of sharing out what nobody else holds: --deepspeed zero{best}"
+        return f"{fits} and on one GPU spares the work of sharing out what nobody else holds: {how}"
     return (
         f"{fits} and sends {other['bytes_per_step'] / 1e9:.1f} instead of {now['bytes_per_step'] / 1e9:.1f} GB a step, "
         f"up to {1 - other['step_s'] / now['step_s']:.0%} faster (assumed: {numbers['assumed_mfu']:.0%} MFU, "
-        f"{numbers['assumed_gigabytes_per_s']:g} GB/s a rank, not overlapped): --deepspeed zero{best}"
+        f"{numbers['assumed_gigabytes_per_s']:g} GB/s a rank, not overlapped): {how}"
     )

@@ -47,7 +47,7 @@ def parse(text: str) -> Injection:
     for fault in filter(None, text.split(",")):
         name, _, number = fault.partition("@")
         kind, _, phase = name.partition("=")
-        if not number.isdigit() or kind not in (*LOSS_FACTORS, "frozen", "oom", "pause"):
+        if not number.isdecimal() or kind not in (*LOSS_FACTORS, "frozen", "oom", "pause"):
             raise ConfigError(
                 f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or pause=forward@7"
             )

@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
     separator = mixture.separator_id if recipe.data.document_masking else None
     injection = parse_injection(arguments.inject)
-    profiled = profiling.parse(arguments.profile) if arguments.profile else None
+    profiled = profiling.parse(arguments.profile) if arguments.profile is not None else None
 
     # -- Distributed, device, resume --------------------------------------------------------------------------------
     accelerators.hide_gpus_if_unwanted()
@@ -351,6 +351,10 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
                 f"of which the training waited {ended['save_stall_s']:.2f} s"
             )
 
+    def report_profile() -> None:
+        if text := profiler.close():
+            console.print(escape(text))
+
     def report_spikes() -> None:
         for spike in guard.take_news():
             console.print(
@@ -391,7 +395,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     logged_at, logged_step, first_step = time.perf_counter(), state["step"], state["step"]
     while (step := state["step"]) < total_steps:
         beat.step = step
-        profiler.begin(step - first_step)
+        profiler.begin()
         batch = step + state["data_offset"]
         # The mean is over the targets of the whole step, wherever they are. DeepSpeed averages over ranks and divides
         # by the accumulation, so both are multiplied back.
@@ -507,6 +511,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         if stopping and not last:
             feed.close()
             console.close()
+            report_profile()
             console.print(f"stopped by a signal after step {step + 1}; run the same command again to continue")
             return STOPPED_BY_SIGNAL
     if evaluation:
@@ -514,8 +519,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     feed.close()
     saver.close()
     console.close()
-    if text := profiler.close():
-        console.print(escape(text))
+    report_profile()
     console.print(f"done: {state['tokens']:,} tokens in {escape(str(output))}")
     return 0
 

@@ -108,7 +108,7 @@ def _line(row: Row) -> str:
 def parse(text: str) -> tuple[int, int]:
     """FIRST:COUNT; ConfigError on anything else."""
     first, _, count = text.partition(":")
-    if not (first.isdigit() and count.isdigit() and int(first) > 0 and int(count) > 0):
+    if not (first.isdecimal() and count.isdecimal() and int(first) > 0 and int(count) > 0):
         raise ConfigError(
             f"--profile {text}",
             fix=f"give FIRST:COUNT, both above 0: --profile {DEFAULT} profiles two steps after three",
@@ -124,9 +124,11 @@ class Profiler:
         self._folder, self._wanted = folder, active and span is not None
         self._profile: profile | None = None
         self._result: str | None = None
+        self._done = 0  # steps of this process: a rewind repeats some, and the run's number of them falls
 
-    def begin(self, done: int) -> None:
-        """Before each step; done: how many this process has made."""
+    def begin(self) -> None:
+        """Before each step."""
+        done, self._done = self._done, self._done + 1
         if not self._wanted or done < self._first - 1:
             return
         if self._profile is not None:
@@ -147,7 +149,7 @@ class Profiler:
         self._profile, self._wanted = None, False
 
     def close(self) -> str | None:
-        """One line on what was found, at the run's end; None where no profile was asked for."""
+        """One line on what was found, at the run's end or where it stops; None where no profile was asked for."""
         if self._profile is not None and self._profile.step_num == self._count:  # of the run's last steps
             self._stop()
         if self._wanted:

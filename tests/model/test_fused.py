@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from math import prod
 
 import pytest
@@ -60,6 +62,13 @@ def test_a_state_dict_shares_the_weights_and_loads_into_another_model(model):
         empty = Llama(CONFIG)
     empty.load_state_dict(model.state_dict(), assign=True)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), empty.parameters(), strict=True))
+
+
+def test_a_model_can_be_copied_and_pickled(model):
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 16))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids), model(ids))
+        assert list(other.state_dict()) == list(model.state_dict())
 
 
 def test_state_dicts_that_do_not_fit_are_refused_by_hugging_faces_names(model):

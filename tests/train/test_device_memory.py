@@ -144,6 +144,14 @@ def test_advice_has_the_numbers_of_both_stages():
     assert advice(estimate(TINYLLAMA, **{**arguments, "stage": 1}, gigabytes_per_s=5)) is None
 
 
+def test_advice_to_a_run_that_offloads_keeps_the_offload():
+    """On 24 GB stage 1 fits with it alone: the shipped zero1 would need more."""
+    arguments = {"tokens": 10**9, "sequence_length": 2048, "micro": 1, "accumulation": 64, "ranks": 1, "stage": 3}
+    numbers = estimate(TINYLLAMA, **arguments, offload=True, device="RTX-3090")
+    assert not estimate(TINYLLAMA, **arguments, device="RTX-3090")["stages"][1]["fits"]
+    assert advice(numbers).endswith('"stage": 1 in your DeepSpeed JSON, offload kept')
+
+
 def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
     plan = BatchPlan(8, 4, 2, 2048)
     with (
@@ -165,8 +173,13 @@ def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
 
 
 def test_a_run_without_memory_ends_with_one_line(stores, tmp_path):
-    more = ("training.tokens=1536", "training.micro_batch_sequences=2", "training.reduce_once=true")
-    done = train(stores, tmp_path / "run", *more, extra=("--inject", "oom@0"), check=False)
+    more = (
+        "training.tokens=1536",
+        "training.micro_batch_sequences=2",
+        "training.reduce_once=true",
+        "training.compile=null",
+    )
+    done = train(stores, tmp_path / "run", *more, ranks=1, extra=("--inject", "oom@0"), check=False)
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "out of memory at micro 2 x 64 tokens: injected" in line

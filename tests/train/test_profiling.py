@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tinyllama.errors import ConfigError
-from train.profiling import by_category, category, parse, shares, summary, table
+from train.profiling import Profiler, by_category, category, parse, shares, summary, table
 
 # Names as CUPTI reports them: cuBLAS, CUTLASS, cuDNN, flash-attn, torch, Triton by torch's compiler, liger, NCCL.
 NAMES = {
@@ -80,6 +82,24 @@ def test_the_own_time_of_operators_counts_once():
 
 def test_what_is_to_be_profiled():
     assert parse("3:2") == (3, 2)
-    for wrong in ("", "3", "0:2", "3:0", "a:b", "3:2:1"):
+    for wrong in ("", "3", "0:2", "3:0", "a:b", "3:2:1", "²:1"):
         with pytest.raises(ConfigError, match="FIRST:COUNT"):
             parse(wrong)
+
+
+@pytest.mark.parametrize(("steps", "profiled"), [(2, False), (3, False), (4, True), (9, True)])
+def test_a_run_has_its_profile_where_it_made_the_steps(tmp_path, steps, profiled):
+    """Of steps 3 and 4; a run that stops after them, or in the middle, says what became of it."""
+    profiler = Profiler((2, 2), tmp_path / "profile", active=True)
+    a = torch.randn(8, 8)
+    for _ in range(steps):
+        profiler.begin()
+        torch.mm(a, a)
+    text = profiler.close()
+    if profiled:
+        rows = {row["name"]: row for row in json.loads((tmp_path / "profile/kernels.json").read_text())["kernels"]}
+        assert rows["aten::mm"]["calls"] == 2
+        assert text.startswith("profile of 2 steps in ")
+    else:
+        assert not (tmp_path / "profile").exists()
+        assert text == "no profile: the run ended before --profile's 2 + 2 steps were done"

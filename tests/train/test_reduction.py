@@ -91,7 +91,7 @@ def updates(stage: int, way: str, ranks: int = 2) -> list[list[list[float]]]:
 
 @pytest.mark.parametrize(
     ("stage", "ranks"),
-    [(3, 2), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
+    [(3, 2), *(pytest.param(*other, marks=pytest.mark.slow) for other in ((2, 2), (1, 2), (3, 1)))],
 )
 def test_many_small_gradients_are_summed_in_fp32(stage, ranks):
     expected = 1 + (MICRO_STEPS - 1) * SMALL  # exact in fp32

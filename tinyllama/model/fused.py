@@ -12,6 +12,7 @@ Hugging Face's names; every other parameter has the same name and shape on both 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,27 +111,37 @@ def hf_parameters(model: Llama) -> Iterator[tuple[str, Tensor]]:
 
 def use_hf_state(module: nn.Module, config: ModelConfig) -> None:
     """Let the state dict of a module that has a fused layer hold, and accept, Hugging Face's names alone."""
+    # Functions of this module, not closures: a model can be pickled.
+    module.register_state_dict_post_hook(functools.partial(_give, config))
+    module.register_load_state_dict_pre_hook(functools.partial(_take, config))
 
+
+def _give(config: ModelConfig, _: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:  # all again, to keep the order
+        state.update(split(key, state.pop(key), config))
+
+
+def _take(
+    config: ModelConfig,
+    owner: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: list[str],
+    __: Any,
+    errors: list[str],
+) -> None:
     import torch
 
-    def give(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        for key in [key for key in state if key.startswith(prefix)]:  # all again, to keep the order
-            state.update(split(key, state.pop(key), config))
-
-    def take(
-        owner: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: Any, __: Any, errors: Any
-    ) -> None:
-        for layer in PARTS.keys() & dict(owner.named_children()).keys():
-            weight = owner.get_parameter(f"{layer}.weight").detach()
-            given = []
-            for part, current in split(f"{prefix}{layer}.weight", weight, config):
-                tensor = state.pop(part, None)
-                if tensor is None and strict:
-                    missing.append(part)
-                if tensor is not None and tensor.shape != current.shape:
-                    errors.append(f"size mismatch for {part}: {tuple(tensor.shape)}, expected {tuple(current.shape)}")
-                given.append(current if tensor is None or tensor.shape != current.shape else tensor)
-            state[f"{prefix}{layer}.weight"] = torch.cat(given)
-
-    module.register_state_dict_post_hook(give)
-    module.register_load_state_dict_pre_hook(take)
+    for layer in PARTS.keys() & dict(owner.named_children()).keys():
+        weight = owner.get_parameter(f"{layer}.weight").detach()
+        given = []
+        for part, current in split(f"{prefix}{layer}.weight", weight, config):
+            tensor = state.pop(part, None)
+            if tensor is None and strict:
+                missing.append(part)
+            if tensor is not None and tensor.shape != current.shape:
+                errors.append(f"size mismatch for {part}: {tuple(tensor.shape)}, expected {tuple(current.shape)}")
+            given.append(current if tensor is None or tensor.shape != current.shape else tensor)
+        state[f"{prefix}{layer}.weight"] = torch.cat(given)

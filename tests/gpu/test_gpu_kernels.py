@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_devices import each_device, relative_error, slow_on_cpu
-from test_documents import alone, given, numbers, passes
 from test_kernels import REFERENCES, values_and_gradients
+from test_packed_documents import alone, given, numbers, passes
 
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.kernels import TABLE, Setting, choose

@@ -5,6 +5,7 @@ Part "resume" of stage 6 goes on from that checkpoint, whose proof (`train/proof
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import time
@@ -23,9 +24,15 @@ def folder_of(here: Around) -> Any:
     return here.work / "runs" / f"1.1b-{here.sizes.name}"
 
 
-def command_of(here: Around) -> list[str]:
-    settings = [*here.sizes.train_settings, "checkpoint.keep_last=1"]
+def command_of(here: Around, *more: str) -> list[str]:
+    settings = [*here.sizes.train_settings, "checkpoint.keep_last=1", *more]
     return train_command(here, "tinyllama_1.1b", folder_of(here), settings)
+
+
+def half_of_what_did_not_fit(printed: str) -> list[str]:
+    """The setting to try again with, where a run ended because its micro-batch was too large for the memory."""
+    found = re.search(r"out of memory at micro (\d+) ", printed)
+    return [f"training.micro_batch_sequences={int(found[1]) // 2}"] if found and int(found[1]) > 1 else []
 
 
 def check_disk(here: Around, checkpoints: int) -> None:
@@ -64,9 +71,9 @@ def train(here: Around) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     started: list[Run] = []
 
-    def first() -> tuple[str, dict[str, Any]]:
+    def first(*more: str) -> tuple[str, dict[str, Any]]:
         check_disk(here, 1)
-        run = Run(command_of(here), folder)
+        run = Run(command_of(here, *more), folder)
         started.append(run)
         run.until_step(1, here.left_s() - kept)
         run.first_logged_s = time.monotonic() - run.began
@@ -76,7 +83,7 @@ def train(here: Around) -> None:
         return figures(here, run, steps)
 
     def stop() -> tuple[str, dict[str, Any]]:
-        run, signalled = started[0], time.monotonic()
+        run, signalled = started[-1], time.monotonic()
         run.terminate()
         run.wait(here.left_s() - END_RESERVE_S, STOPPED_BY_SIGNAL)
         seconds = time.monotonic() - signalled
@@ -88,10 +95,14 @@ def train(here: Around) -> None:
         values = {"exit_code": STOPPED_BY_SIGNAL, "step": step, "bytes": size, "seconds_from_signal": seconds}
         return f"exit 75 after {seconds:.1f} s, step {step}, {size / 1e9:.1f} GB", values
 
-    if here.rows.measure("1.1B, ZeRO-3, tinyllama train", first) is not None:
+    row = "1.1B, ZeRO-3, tinyllama train"
+    done = here.rows.measure(row, first)
+    if done is None and started and (smaller := half_of_what_did_not_fit(started[-1].printed())):
+        done = here.rows.measure(f"{row}, {smaller[0]}", lambda: first(*smaller))
+    if done is not None:
         here.rows.measure("1.1B, stopped by SIGTERM", stop)
-    if started and started[0].process.poll() is None:
-        started[0].kill()
+    if started and started[-1].process.poll() is None:
+        started[-1].kill()
 
 
 def resume(here: Around) -> None:

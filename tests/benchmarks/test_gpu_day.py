@@ -216,6 +216,21 @@ def test_a_day_that_is_ended_from_outside_keeps_what_it_has_and_leaves_no_proces
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
 
 
+def test_a_micro_batch_that_did_not_fit_is_halved():
+    import torch
+    from gpu_day.training import half_of_what_did_not_fit
+
+    from tinyllama.errors import ConfigError
+    from train.memory import explained
+    from train.plan import BatchPlan
+
+    for micro, setting in ((16, ["training.micro_batch_sequences=8"]), (1, [])):
+        with pytest.raises(ConfigError) as met, explained(BatchPlan(micro, 2, 1, 2048), checkpointing=False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        assert half_of_what_did_not_fit(f"error: {met.value}") == setting
+    assert half_of_what_did_not_fit("error: loss is not finite") == []
+
+
 def test_an_unknown_stage_is_one_line(tmp_path):
     command = [sys.executable, "-m", "gpu_day.conduct", "--out", "out", "--work", "work", "--stage", "9"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}

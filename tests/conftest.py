@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,6 +144,30 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def torchao(made_once) -> Iterator[Path]:
+    """torchao on the path, here and in processes started here. Not in requirements/cpu.lock: with it, whatever imports
+    transformers or vLLM imports it too, which takes seconds, and complains of GPU kernels that a CPU does not have.
+    """
+    from importlib.machinery import PathFinder
+
+    if PathFinder.find_spec("torchao") is not None:  # not among the modules that are imported: children need the path
+        yield Path()
+        return
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site"]
+        subprocess.run([*command, "torchao==0.18.0"], check=False, capture_output=True, timeout=300)
+
+    site = made_once("torchao", fill) / "site"
+    if not site.exists():
+        pytest.skip("torchao cannot be installed here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))))
+        yield site
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from tinyllama.model.config import ModelConfig
 from tinyllama.model.fp8 import convert, refusal, set_precision
 from tinyllama.model.llama import Llama
 
+pytestmark = pytest.mark.usefixtures("torchao")
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
     vocab_size=96,

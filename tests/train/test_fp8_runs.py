@@ -12,6 +12,7 @@ from test_pretrain import losses
 from tinyllama import checkpoint
 from tinyllama.model.hf import load_model, shapes
 
+pytestmark = pytest.mark.usefixtures("torchao")
 FP8 = ("training.precision=fp8", "training.micro_batch_sequences=3")
 
 

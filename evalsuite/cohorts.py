@@ -52,7 +52,27 @@ class Row:
             self.ended = len(self.made) >= self.prompt.most
 
 
-class Cohort:
+class Rows:
+    """Rows with keys and values of their own: row r has lengths[r] positions, at most `width`."""
+
+    rows: list[Row]
+    lengths: Tensor
+    width: int
+
+    def alive(self) -> int:
+        return sum(not row.ended for row in self.rows)
+
+    def sparse(self) -> bool:
+        """Whether enough rows ended to be worth a packing."""
+        return self.alive() < CROWDED * len(self.rows)
+
+    def advance(self) -> None:
+        """Every row has one token more."""
+        self.lengths += 1
+        self.width += 1
+
+
+class Cohort(Rows):
     """Rows whose prompts share a prefix: its keys and values are kept once, each row's own after it.
 
     base: per layer keys and values (K, P, D). tails: per layer (R, K, capacity, D), row r filled up to lengths[r].
@@ -69,21 +89,9 @@ class Cohort:
     def prefix(self) -> int:
         return self.base[0][0].shape[1]
 
-    def alive(self) -> int:
-        return sum(not row.ended for row in self.rows)
-
-    def sparse(self) -> bool:
-        """Whether enough rows ended to be worth a packing."""
-        return self.alive() < CROWDED * len(self.rows)
-
     def positions(self) -> Tensor:
         """Of the rows' newest tokens, (R)."""
         return self.prefix + self.lengths
-
-    def advance(self) -> None:
-        """Every row has one token more."""
-        self.lengths += 1
-        self.width += 1
 
     def make_room(self) -> None:
         """Before a step: one more position, and without the rows that ended, where they are many."""
@@ -121,7 +129,7 @@ class Cohort:
         return (of_base + weights[..., self.prefix :] @ tail_values[:, :, :used]).reshape(count, -1)
 
 
-class JoinedCohorts:
+class JoinedCohorts(Rows):
     """Several cohorts as one: the number of calls of a step no longer grows with the number of prefixes.
 
     Prefixes are padded to the longest, each has as many slots for rows as the largest has rows. bases: per layer keys and
@@ -150,21 +158,9 @@ class JoinedCohorts:
         beyond = torch.arange(room, device=device) >= torch.tensor(self.prefixes, device=device)[:, None]
         self.beyond_prefix = beyond[:, None, None]  # (M, 1, 1, P)
 
-    def alive(self) -> int:
-        return sum(not row.ended for row in self.rows)
-
-    def sparse(self) -> bool:
-        """Whether enough rows ended to be worth a packing."""
-        return self.alive() < CROWDED * len(self.rows)
-
     def positions(self) -> Tensor:
         """Of the rows' newest tokens, (R)."""
         return self.prefix_of_row + self.lengths
-
-    def advance(self) -> None:
-        """Every row has one token more."""
-        self.lengths += 1
-        self.width += 1
 
     def split(self) -> list[Cohort]:
         """The cohorts again, without the rows that ended."""

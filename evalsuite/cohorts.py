@@ -53,11 +53,16 @@ class Row:
 
 
 class Rows:
-    """Rows with keys and values of their own: row r has lengths[r] positions, at most `width`."""
+    """Rows with keys and values of their own, the newest in the same place: row r's lie from starts[r] up to `width`.
+
+    tails: per layer keys (K, R, D, capacity) and values (K, R, capacity, D), as the products read them.
+    """
 
     rows: list[Row]
-    lengths: Tensor
+    starts: Tensor
     width: int
+    tails: list[tuple[Tensor, Tensor]]
+    mask: Tensor  # of this step, added to the scores of the rows' own positions: 0, or -inf outside of a row, (R, 1, used)
 
     def alive(self) -> int:
         return sum(not row.ended for row in self.rows)
@@ -66,143 +71,159 @@ class Rows:
         """Whether enough rows ended to be worth a packing."""
         return self.alive() < CROWDED * len(self.rows)
 
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (R, K, D) of the rows' newest tokens beside what is kept: keys and values as in `tails`."""
+        keys, values = self.tails[layer]
+        keys[..., self.width] = k.transpose(0, 1)
+        values[:, :, self.width] = v.transpose(0, 1)
+        return keys, values
+
     def advance(self) -> None:
         """Every row has one token more."""
-        self.lengths += 1
         self.width += 1
+
+    def _make_room(self, used: int | None = None) -> None:
+        """For one more position. used: positions that the step's products meet; all that there is room for unless given."""
+        keys, values = self.tails[0]
+        if self.width + 1 > values.shape[2]:
+            self.tails = [padded(*pair, right=GROWTH) for pair in self.tails]
+        place = torch.arange(used or self.tails[0][1].shape[2], device=keys.device)
+        outside = (place < self.starts[:, None]) | (place > self.width)
+        mask = torch.zeros(outside.shape, dtype=keys.dtype, device=keys.device).masked_fill_(outside, float("-inf"))
+        self.mask = mask[:, None]
 
 
 class Cohort(Rows):
     """Rows whose prompts share a prefix: its keys and values are kept once, each row's own after it.
 
-    base: per layer keys and values (K, P, D). tails: per layer (R, K, capacity, D), row r filled up to lengths[r].
+    base: per layer keys (K, D, P) and values (K, P, D).
     """
 
     def __init__(
-        self, rows: list[Row], base: list[tuple[Tensor, Tensor]], tails: list[tuple[Tensor, Tensor]], lengths: list[int]
+        self,
+        rows: list[Row],
+        base: list[tuple[Tensor, Tensor]],
+        tails: list[tuple[Tensor, Tensor]],
+        starts: list[int],
+        width: int,
     ) -> None:
-        self.rows, self.base, self.tails = rows, base, tails
-        self.lengths = torch.tensor(lengths, device=base[0][0].device)
-        self.width = max(lengths)
-
-    @property
-    def prefix(self) -> int:
-        return self.base[0][0].shape[1]
+        self.rows, self.base, self.tails, self.width = rows, base, tails, width
+        self.starts = torch.tensor(starts, device=base[0][0].device)
+        self.prefix = base[0][1].shape[1]
 
     def positions(self) -> Tensor:
         """Of the rows' newest tokens, (R)."""
-        return self.prefix + self.lengths
+        return self.prefix + self.width - self.starts
 
     def make_room(self) -> None:
         """Before a step: one more position, and without the rows that ended, where they are many."""
         if self.sparse():
             alive = [number for number, row in enumerate(self.rows) if not row.ended]
-            keep = torch.tensor(alive, device=self.lengths.device)
+            keep = torch.tensor(alive, device=self.starts.device)
             self.rows = [self.rows[number] for number in alive]
-            self.lengths = self.lengths[keep]
-            self.tails = [(keys[keep], values[keep]) for keys, values in self.tails]
-            self.width = int(self.lengths.max())
-        if self.width + 1 > self.tails[0][0].shape[2]:
-            grow = (0, 0, 0, GROWTH)
-            self.tails = [tuple(torch.nn.functional.pad(t, grow) for t in pair) for pair in self.tails]  # type: ignore[misc]
+            self.starts = self.starts[keep]
+            first = int(self.starts.min())
+            self.tails = [(keys[:, keep, :, first:], values[:, keep, first:]) for keys, values in self.tails]
+            self.starts, self.width = self.starts - first, self.width - first
+        self._make_room(self.width + 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, D), k and v (R, K, D) of the rows' newest tokens: (R, H * D)."""
         base_keys, base_values = self.base[layer]
-        tail_keys, tail_values = self.tails[layer]
+        tail_keys, tail_values = self.keep(layer, k, v)
         count, heads, width = q.shape
-        groups = base_keys.shape[0]
+        groups, prefix, used = len(base_keys), self.prefix, self.width + 1
         each = heads // groups
-        number = torch.arange(count, device=q.device)
-        tail_keys[number, :, self.lengths] = k
-        tail_values[number, :, self.lengths] = v
-        used = self.width + 1
-        q = q.view(count, groups, each, width) * width**-0.5  # (R, K, G, D)
-        own = q @ tail_keys[:, :, :used].transpose(2, 3)  # (R, K, G, used)
-        beyond = torch.arange(used, device=q.device) > self.lengths[:, None]
-        own = own.masked_fill(beyond[:, None, None], float("-inf"))
-        shared = q.transpose(0, 1).reshape(groups, count * each, width) @ base_keys.transpose(1, 2)  # (K, R * G, P)
-        shared = shared.view(groups, count, each, self.prefix).transpose(0, 1)  # (R, K, G, P)
-        weights = torch.cat((shared, own), -1).float().softmax(-1).to(q.dtype)
-        of_base = weights[..., : self.prefix].transpose(0, 1).reshape(groups, count * each, self.prefix) @ base_values
-        of_base = of_base.view(groups, count, each, width).transpose(0, 1)  # (R, K, G, D)
-        return (of_base + weights[..., self.prefix :] @ tail_values[:, :, :used]).reshape(count, -1)
+        q = q.view(count, groups, each, width).transpose(0, 1) * width**-0.5
+        q = q.reshape(groups, count * each, width)
+        own = q.view(-1, each, width) @ tail_keys[..., :used].flatten(0, 1)  # (K * R, G, used)
+        weights = q.new_empty(groups, count * each, prefix + used)
+        weights[..., :prefix] = q @ base_keys
+        torch.add(own.unflatten(0, (groups, count)), self.mask, out=weights[..., prefix:].unflatten(1, (count, each)))
+        weights = weights.float().softmax(-1).to(q.dtype)
+        of_own = weights[..., prefix:].view(-1, each, used) @ tail_values[:, :, :used].flatten(0, 1)  # (K * R, G, D)
+        out = weights[..., :prefix] @ base_values + of_own.view(groups, -1, width)  # (K, R * G, D)
+        return out.view(groups, count, -1).transpose(0, 1).reshape(count, -1)
 
 
 class JoinedCohorts(Rows):
     """Several cohorts as one: the number of calls of a step no longer grows with the number of prefixes.
 
-    Prefixes are padded to the longest, each has as many slots for rows as the largest has rows. bases: per layer keys and
-    values (M, K, P, D) of M cohorts; tails: per layer (R, K, capacity, D), row r filled up to lengths[r]; slot (R): of each
-    row among M * (rows of the largest).
+    Prefixes are padded to the longest, each has as many slots for rows as the largest has rows. bases: per layer keys
+    (M, K, D, P) and values (M, K, P, D) of M cohorts; slot (R): of each row among M * (rows of the largest).
     """
 
     def __init__(self, cohorts: Sequence[Cohort]) -> None:
-        device = cohorts[0].lengths.device
+        device = cohorts[0].starts.device
         self.rows = [row for cohort in cohorts for row in cohort.rows]
         self.sizes = [len(cohort.rows) for cohort in cohorts]
         self.most = max(self.sizes)
         self.prefixes = [cohort.prefix for cohort in cohorts]
         self.width = max(cohort.width for cohort in cohorts)
-        self.lengths = torch.cat([cohort.lengths for cohort in cohorts])
+        self.starts = torch.cat([cohort.starts + self.width - cohort.width for cohort in cohorts])
         slots = [number * self.most + i for number, size in enumerate(self.sizes) for i in range(size)]
         self.slot = torch.tensor(slots, device=device)
         self.prefix_of_row = torch.tensor(self.prefixes, device=device)[self.slot // self.most]
         room, capacity = _rounded(max(self.prefixes)), _rounded(self.width + 1)
-        self.bases, self.tails = [], []
+        self.bases: list[tuple[Tensor, Tensor]] = []
+        self.tails = []
         for layer in range(len(cohorts[0].base)):
-            base = zip(*(cohort.base[layer] for cohort in cohorts), strict=True)
-            self.bases.append(tuple(torch.stack([_padded(t, room) for t in tensors]) for tensors in base))
-            tail = zip(*(cohort.tails[layer] for cohort in cohorts), strict=True)
-            self.tails.append(tuple(torch.cat([_padded(t, capacity) for t in tensors]) for tensors in tail))
+            bases = [padded(*c.base[layer], right=room - c.prefix) for c in cohorts]
+            keys, values = zip(*bases, strict=True)
+            self.bases.append((torch.stack(keys), torch.stack(values)))
+            tails = []
+            for cohort in cohorts:
+                left = self.width - cohort.width
+                right = capacity - left - cohort.tails[layer][1].shape[2]
+                tails.append(padded(*cohort.tails[layer], left=left, right=right))
+            keys, values = zip(*tails, strict=True)
+            self.tails.append((torch.cat(keys, 1), torch.cat(values, 1)))
         beyond = torch.arange(room, device=device) >= torch.tensor(self.prefixes, device=device)[:, None]
         self.beyond_prefix = beyond[:, None, None]  # (M, 1, 1, P)
 
     def positions(self) -> Tensor:
         """Of the rows' newest tokens, (R)."""
-        return self.prefix_of_row + self.lengths
+        return self.prefix_of_row + self.width - self.starts
 
     def split(self) -> list[Cohort]:
         """The cohorts again, without the rows that ended."""
-        lengths = self.lengths.tolist()
-        found, first = [], 0
+        starts = self.starts.tolist()
+        found, end = [], 0
         for number, (size, prefix) in enumerate(zip(self.sizes, self.prefixes, strict=True)):
-            keep = [n for n in range(first, first + size) if not self.rows[n].ended]
-            first += size
+            keep = [n for n in range(end, end + size) if not self.rows[n].ended]
+            end += size
             if not keep:
                 continue
-            index = torch.tensor(keep, device=self.lengths.device)
-            base = [(keys[number, :, :prefix], values[number, :, :prefix]) for keys, values in self.bases]
-            tails = [(keys[index], values[index]) for keys, values in self.tails]
-            found.append(Cohort([self.rows[n] for n in keep], base, tails, [lengths[n] for n in keep]))
+            index = torch.tensor(keep, device=self.starts.device)
+            base = [(keys[number, ..., :prefix], values[number, :, :prefix]) for keys, values in self.bases]
+            first = min(starts[n] for n in keep)
+            tails = [(keys[:, index, :, first:], values[:, index, first:]) for keys, values in self.tails]
+            kept_starts = [starts[n] - first for n in keep]
+            found.append(Cohort([self.rows[n] for n in keep], base, tails, kept_starts, self.width - first))
         return found
 
     def make_room(self) -> None:
         """Before a step: one more position."""
-        if self.width + 1 > self.tails[0][0].shape[2]:
-            self.tails = [tuple(_padded(t, t.shape[2] + GROWTH) for t in pair) for pair in self.tails]
+        self._make_room()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (R, H, D), k and v (R, K, D) of the rows' newest tokens: (R, H * D)."""
-        (base_keys, base_values), (tail_keys, tail_values) = self.bases[layer], self.tails[layer]
+        base_keys, base_values = self.bases[layer]
+        tail_keys, tail_values = self.keep(layer, k, v)
         count, heads, width = q.shape
-        cohorts, groups, room, _ = base_keys.shape
+        cohorts, groups, _, room = base_keys.shape
         each = heads // groups
-        number = torch.arange(count, device=q.device)
-        tail_keys[number, :, self.lengths] = k
-        tail_values[number, :, self.lengths] = v
         q = q.view(count, groups, each, width) * width**-0.5  # (R, K, G, D)
-        own = q @ tail_keys.transpose(2, 3)  # (R, K, G, capacity)
-        beyond = torch.arange(tail_keys.shape[2], device=q.device) > self.lengths[:, None]
-        own = own.masked_fill(beyond[:, None, None], float("-inf"))
+        own = q.transpose(0, 1) @ tail_keys + self.mask  # (K, R, G, capacity)
         slotted = q.new_zeros(cohorts * self.most, groups, each, width).index_copy_(0, self.slot, q)
-        shared = self._by_cohort(slotted) @ base_keys.transpose(2, 3)  # (M, K, slots * G, P)
+        shared = self._by_cohort(slotted) @ base_keys  # (M, K, slots * G, P)
         shared = shared.masked_fill(self.beyond_prefix, float("-inf"))
         shared = self._by_row(shared, each)  # (R, K, G, P)
-        weights = torch.cat((shared, own), -1).float().softmax(-1).to(q.dtype)
+        weights = torch.cat((shared, own.transpose(0, 1)), -1).float().softmax(-1).to(q.dtype)
         slotted = q.new_zeros(cohorts * self.most, groups, each, room).index_copy_(0, self.slot, weights[..., :room])
         of_base = self._by_row(self._by_cohort(slotted) @ base_values, each)  # (R, K, G, D)
-        return (of_base + weights[..., room:] @ tail_values).reshape(count, -1)
+        of_own = weights[..., room:].transpose(0, 1) @ tail_values  # (K, R, G, D)
+        return (of_base + of_own.transpose(0, 1)).reshape(count, -1)
 
     def _by_cohort(self, slotted: Tensor) -> Tensor:
         """(M * slots, K, G, W) as rows of one product for each prefix and key head: (M, K, slots * G, W)."""
@@ -221,9 +242,10 @@ def _rounded(size: int) -> int:
     return -(-size // GROWTH) * GROWTH
 
 
-def _padded(tensor: Tensor, size: int) -> Tensor:
-    """(..., T, D) with T positions of zeros after it, or of room that nothing fills cut off: (..., size, D)."""
-    return torch.nn.functional.pad(tensor, (0, 0, 0, size - tensor.shape[-2]))
+def padded(keys: Tensor, values: Tensor, left: int = 0, right: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys (..., D, T) and values (..., T, D) with zeros before and after their positions, or with some cut off (< 0)."""
+    pad = torch.nn.functional.pad
+    return pad(keys, (left, right)), pad(values, (0, 0, left, right))
 
 
 def together(sizes: Sequence[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evalsuite.budget import Budget
-from evalsuite.cohorts import GROWTH, AnyCohort, Cohort, Prompt, Row, joined
+from evalsuite.cohorts import GROWTH, AnyCohort, Cohort, Prompt, Row, joined, padded
 from evalsuite.forest import Forest, Pass, common_length
 from evalsuite.greedy import GreedyHead, not_numbers
 from evalsuite.scoring import Work, passes_of
@@ -126,16 +126,18 @@ class Generation:
         paths = [cache.paths[s] for s in sequences]
         which = [n for n, s in enumerate(sequences) for row in self.of_sequence[s] if not row.ended]
         lengths = [len(paths[n]) - shared for n in which]
-        own = np.zeros((len(which), max(lengths)), dtype=np.int64)
+        width = max(lengths)
+        own = np.zeros((len(which), width), dtype=np.int64)
         for row_of_own, n, length in zip(own, which, lengths, strict=True):
-            row_of_own[:length] = paths[n][shared:]
+            row_of_own[width - length :] = paths[n][shared:]
         base_rows, own_rows = to_device([paths[0][:shared], own], self.device)
         base, tails = [], []
         for keys, values in zip(cache.keys, cache.values, strict=True):
-            base.append((keys[:, base_rows], values[:, base_rows]))
-            pair = [t[:, own_rows].transpose(0, 1) for t in (keys, values)]  # (R, K, width, D)
-            tails.append(tuple(torch.nn.functional.pad(t, (0, 0, 0, GROWTH)).contiguous() for t in pair))
-        return Cohort(rows, base, tails, lengths)  # type: ignore[arg-type]
+            base.append((keys[:, base_rows].transpose(1, 2).contiguous(), values[:, base_rows]))
+            own_keys = keys[:, own_rows].transpose(2, 3)  # (K, R, D, width)
+            grown = padded(own_keys, values[:, own_rows], right=GROWTH)
+            tails.append((grown[0].contiguous(), grown[1].contiguous()))
+        return Cohort(rows, base, tails, [width - length for length in lengths], width)
 
     def _step(self, cohorts: Sequence[AnyCohort]) -> None:
         """One token more for every row of every cohort."""

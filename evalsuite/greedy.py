@@ -13,6 +13,7 @@ from torch import Tensor
 from tinyllama.errors import UserError
 
 HALF_STEP = 2.0**-8  # relative error of a number rounded to bfloat16, twice over
+BLOCK = 64  # tokens: the smallest part of the vocabulary that is passed over as one
 CROWD = 1 / 64  # of the vocabulary: with more candidates than that, all fp32 logits are cheaper
 
 
@@ -58,11 +59,13 @@ class GreedyHead:
         lost = (hidden - rounded.float()).norm(dim=1)
         # Sums of C products in float32 are off by at most C half-steps of it, in both computations.
         bound = lost * self.largest + (size + lost) * self.lost + 2 * width * 2.0**-24 * size * self.largest
-        top = screened.amax(-1).float()
+        blocks = _largest_of_blocks(screened)
+        top = blocks.amax(-1).float()
         lowest = top - bound - top.abs() * HALF_STEP  # the best true logit is no less
         floor = lowest - bound
         floor = floor - 2 * floor.abs() * HALF_STEP  # for the rounding of the candidate, and of the floor itself
-        row, token = (screened >= floor.bfloat16()[:, None]).nonzero(as_tuple=True)
+        floor = floor.bfloat16()[:, None]
+        row, token = _reaching(screened, blocks, floor)
         self.num_screened += rows
         self.num_candidates += len(row)
         if len(row) > rows * len(self.weight) * CROWD or not torch.isfinite(top).all():
@@ -74,6 +77,27 @@ class GreedyHead:
         winners = exact == best[row]
         none = torch.full((rows,), len(self.weight))
         return none.scatter_reduce_(0, row[winners], token[winners], "amin")
+
+
+def _largest_of_blocks(logits: Tensor) -> Tensor:
+    """(R, V): the largest of each BLOCK of the vocabulary, the last one shorter, (R, blocks)."""
+    whole = logits.shape[1] // BLOCK * BLOCK
+    found = logits[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)
+    if whole == logits.shape[1]:
+        return found
+    return torch.cat((found, logits[:, whole:].amax(-1, keepdim=True)), 1)
+
+
+def _reaching(logits: Tensor, blocks: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and tokens of the logits (R, V) that are floor (R, 1) or more. blocks: as `_largest_of_blocks`.
+
+    Blocks whose largest is below are not read again.
+    """
+    row, block = (blocks >= floor).nonzero(as_tuple=True)
+    token = block[:, None] * BLOCK + torch.arange(BLOCK)
+    reaching = logits[row[:, None], token.clamp_max(logits.shape[1] - 1)] >= floor[row]
+    which, place = (reaching & (token < logits.shape[1])).nonzero(as_tuple=True)
+    return row[which], token[which, place]
 
 
 def fast_bfloat16() -> bool:

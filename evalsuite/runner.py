@@ -28,6 +28,7 @@ from tinyllama.errors import UserError
 from tinyllama.export import TALKATIVE
 
 FORMAT = "tinyllama-results-1"
+TEMPLATES = 1024  # of prompts, kept compiled
 NAMES = ("tinyllama", "lm_eval", "torch", "transformers", "datasets")
 
 
@@ -327,6 +328,7 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
     import numpy as np
     import torch
 
+    compile_templates_once()
     random.seed(SEED)
     np.random.seed(FEWSHOT_SEED)
     torch.manual_seed(FEWSHOT_SEED)
@@ -349,6 +351,14 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
     ours = {name: leaf for name, leaf in loaded["tasks"].items() if hasattr(leaf, "fit_to")}
     asked = {name: rows for name, leaf in ours.items() if (rows := leaf.asked_rows())}
     return {**results, "fewer_shots": sum(leaf.num_fewer for leaf in ours.values()), "asked": asked}
+
+
+def compile_templates_once() -> None:
+    """From now on lm-eval keeps prompts' templates compiled; by itself it compiles one anew for every document and shot."""
+    from lm_eval.utils import env
+
+    if not hasattr(env.from_string, "cache_info"):
+        env.from_string = functools.lru_cache(TEMPLATES)(env.from_string)
 
 
 def quieten() -> None:

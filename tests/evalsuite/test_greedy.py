@@ -80,3 +80,10 @@ def test_other_types_take_the_largest_of_all_logits():
     assert not head.screens
     hidden = torch.randn(4, 8).bfloat16()
     assert head(hidden) == torch.nn.functional.linear(hidden, weight).float().argmax(-1).tolist()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 130, 200])
+def test_every_token_of_a_vocabulary_of_any_size_can_win(vocab):
+    weight = torch.eye(vocab)
+    assert screening(weight)(3 * weight) == list(range(vocab))

@@ -28,6 +28,11 @@ class Work:
     alone: int = 0
     generated: int = 0
 
+    def add(self, other: Work) -> None:
+        """Count what another has done as well."""
+        for field in dataclasses.fields(Work):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 def passes_of(
     model: Llama, forest: Forest, budget: Budget, keep: bool, work: Work

@@ -83,10 +83,13 @@ class Local:
     def _streams(self, prompts: list[Prompt]) -> list[list[int]]:
         """The prompts of each stream; one alone for a GPU, a large model, few prompts, or one core."""
         weights = list(self.llama.parameters())
+        alone = [list(range(len(prompts)))]
         small = sum(weight.nbytes for weight in weights) <= STREAM_WEIGHTS and weights[0].device.type == "cpu"
         if not small or len(prompts) < STREAMS * STREAM_PROMPTS or torch.get_num_threads() < STREAMS:
-            return [list(range(len(prompts)))]
-        return shares([prompt.ids for prompt in prompts], STREAMS, [prompt.most for prompt in prompts])
+            return alone
+        parts = shares([prompt.ids for prompt in prompts], STREAMS, [prompt.most for prompt in prompts])
+        # Equal prompts are not cut apart: a stream with few of its own would leave its cores idle.
+        return parts if min(map(len, parts)) >= STREAM_PROMPTS // 2 else alone
 
     def _extend_in_streams(self, prompts: list[Prompt], parts: list[list[int]], work: Work) -> list[list[int]]:
         """Each part in a thread of its own, with an equal share of torch's threads and of the budget's rows."""
@@ -111,8 +114,8 @@ class Local:
 
         try:
             with ThreadPoolExecutor(len(parts), thread_name_prefix="generation") as pool:
-                waiting = {pool.submit(stream, number) for number in range(len(parts))}
                 try:
+                    waiting = {pool.submit(stream, number) for number in range(len(parts))}
                     while waiting:
                         done, waiting = wait(waiting, WATCHED_S, FIRST_EXCEPTION)
                         for future in done:

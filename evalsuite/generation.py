@@ -77,6 +77,7 @@ class Generation:
                 more = found is not None
                 cohorts += found or []
                 changed = changed or found is not None
+                report(self._part())
             cohorts = [cohort for cohort in cohorts if cohort.alive()]
             if batched and (changed or any(cohort.sparse() for cohort in cohorts)):
                 cohorts = list(joined(cohorts))
@@ -85,8 +86,12 @@ class Generation:
                 work.generated += sum(len(cohort.rows) for cohort in cohorts)
             steps += 1
             if steps % REPORTED == 0:
-                report(sum(row.part() for row in self.rows) / len(self.rows))
+                report(self._part())
         return [row.made for row in self.rows]
+
+    def _part(self) -> float:
+        """How much of all that may be made is made."""
+        return sum(row.part() for row in self.rows) / max(1, len(self.rows))
 
     def _admitted(self, budget: Budget, work: Work) -> Iterator[list[Cohort]]:
         """Pass by pass, the cohorts of the prompts that it completes, each row with its first token."""

@@ -68,7 +68,7 @@ class GreedyHead:
         row, token = _reaching(screened, blocks, floor)
         self.num_screened += rows
         self.num_candidates += len(row)
-        if len(row) > rows * len(self.weight) * CROWD or not torch.isfinite(top).all():
+        if len(row) > rows * len(self.weight) * CROWD or not torch.isfinite(floor).all():  # of weights, too
             return None
         exact = (hidden[row] * self.weight[token]).sum(-1)
         if not torch.isfinite(exact).all():

@@ -69,6 +69,10 @@ def test_what_is_not_a_number_is_an_error(dtype):
     weight[7] = float("inf")
     with pytest.raises(UserError, match="not numbers"):
         GreedyHead(weight)(hidden.nan_to_num(1.0))
+    weight[7] = 0.0
+    weight[3, 0] = -float("inf")  # with these rows, logits of -inf: no choice is lost, but the weights are not numbers
+    with pytest.raises(UserError, match="not numbers"):
+        GreedyHead(weight)(torch.full((2, 8), -1.0).to(dtype))
     weight[7] = float("nan")
     with pytest.raises(UserError, match="not numbers"):
         GreedyHead(weight)(hidden.nan_to_num(1.0))

@@ -98,30 +98,39 @@ def test_each_stream_has_its_share_of_the_cores_and_rows(model, monkeypatch):
     assert [(threads, rows) for _, threads, rows in seen] == [(1, 4), (1, 4)]
     seen.clear()
     local(model).extend(prompts(7))  # too few for two
+    local(model).extend(prompts(1) * 8)  # equal prompts are not cut apart
     monkeypatch.setattr(engines, "STREAM_WEIGHTS", 1000)  # too large a model
     local(model).extend(prompts(8))
-    assert [(threads, rows) for _, threads, rows in seen] == [(2, 8), (2, 8)]
+    assert [(threads, rows) for _, threads, rows in seen] == [(2, 8)] * 3
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_error_ends_both_streams(model, error, monkeypatch):
-    engine = local(model)
-    raised = threading.Event()
+def test_an_interrupt_does_not_wait_for_the_prompts_to_be_read(model):
+    """Prompts that end at their first token: all of the time goes into passes, none into steps."""
+    engine = Local(model, Budget(128, 8), EOS, lambda rows: ["" for _ in rows])
+    generator = torch.Generator().manual_seed(7)
+    many = [Prompt(torch.randint(3, 40, (120,), generator=generator).tolist(), 1, ()) for _ in range(150)]
 
-    def fails(_):
-        raised.set()
-        raise error
+    def interrupted(_):
+        raise KeyboardInterrupt
 
-    if error is MemoryError:  # in a stream: the call is tried again with half of the budget until there is none
-        monkeypatch.setattr(engines.Generation, "_step", lambda *_: fails(0))
-        expected = Exception
-    else:  # in the thread that watches
-        engine.on_progress = fails
-        expected = KeyboardInterrupt
-    began = time.monotonic()
-    with pytest.raises(expected):
-        engine.extend(prompts(8, most=100_000))
-    assert raised.is_set()
-    assert time.monotonic() - began < 20
-    assert torch.get_num_threads() == 2
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("generation")]
+    passes = []
+    take = engines.Generation._take
+
+    def slowly(*args):
+        passes.append(time.monotonic())
+        time.sleep(0.02)
+        take(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.Generation, "_take", slowly)
+        engine.extend(many)
+        whole = len(passes)
+        passes.clear()
+        engine.on_progress = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            engine.extend(many)
+    assert len(passes) < whole / 3
+
+
+def test_no_prompts_have_no_texts(model):
+    assert local(model).extend([]) == []

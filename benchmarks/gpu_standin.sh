@@ -58,7 +58,7 @@ PYTHON
 
 # A clean copy: what git knows, and nothing that was built here.
 copy=$(mktemp -d "$home/tree.XXXXXX")
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$copy"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$copy"' EXIT
 trap 'exit 143' TERM INT
 git ls-files -z --cached --others --exclude-standard |
     (while IFS= read -r -d '' name; do [ ! -e "$name" ] || printf '%s\0' "$name"; done) |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import random_llama
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from evalsuite.forest import Forest, Passes
 from evalsuite.generation import CohortsCache, Generation
 from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
-from tinyllama.model.config import ModelConfig
 from tinyllama.model.llama import Llama
 
 VOCABULARY = 40
@@ -33,23 +33,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    llama = Llama(
-        ModelConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-    )
-    llama.initialize(3)
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)  # far from uniform, so that a wrong prefix shows
-    return llama
+    return random_llama.decided(VOCABULARY)
 
 
 def alone(model: Llama, request: Continuation) -> tuple[float, bool]:

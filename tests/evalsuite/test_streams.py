@@ -6,13 +6,13 @@ import threading
 import time
 
 import pytest
+import random_llama
 import torch
 
 from evalsuite import engines
 from evalsuite.budget import Budget
 from evalsuite.cohorts import Prompt
 from evalsuite.engines import Local
-from tinyllama.model.config import ModelConfig
 from tinyllama.model.llama import Llama
 
 EOS = 2
@@ -30,23 +30,7 @@ def _two_threads(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    llama = Llama(
-        ModelConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-    )
-    llama.initialize(3)
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    return llama
+    return random_llama.decided(40)
 
 
 def prompts(count: int, most: int = 24, stops: tuple[str, ...] = ()) -> list[Prompt]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT
 
 STEPS = 60
@@ -20,6 +21,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.timeout(900)
 def test_demo_is_interrupted_resumed_and_completed(tmp_path):
     output = tmp_path / "demo"
     command = [sys.executable, "-m", "tinyllama", "demo", "--output", str(output), "--limit", "1"]

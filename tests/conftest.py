@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Files that take a minute and more, begun first so that no worker is left with one of them at the end.
 LONGEST = (
-    "test_pretrain", "test_demo", "test_eval", "test_online", "test_health", "test_parity", "test_speculative", "test_start",
+    "test_pretrain", "test_eval", "test_online", "test_health", "test_parity", "test_speculative", "test_start",
     "test_slurm", "test_checkpoints", "test_bundles", "test_copies", "test_passing", "test_measurement", "test_server",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent

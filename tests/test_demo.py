@@ -12,6 +12,8 @@ import time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.alone
+
 STEPS = 60
 SETTINGS = [
     "training.tokens=245760",
@@ -21,7 +23,6 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.timeout(900)
 def test_demo_is_interrupted_resumed_and_completed(tmp_path):
     output = tmp_path / "demo"
     command = [sys.executable, "-m", "tinyllama", "demo", "--output", str(output), "--limit", "1"]

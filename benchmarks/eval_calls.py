@@ -99,14 +99,14 @@ def bbh_like(tasks: int, items: int, most: int, seed: int = 0) -> list[Prompt]:
     return found
 
 
-def tiny_llama() -> Llama:
-    """Seeded random weights, far enough from uniform that a wrong prefix shows."""
-    llama = Llama(ModelConfig(**SHAPE))
+def tiny_llama(scale: float = 3, **changed: int) -> Llama:
+    """Seeded random weights, scaled until choices are so far from uniform that a wrong prefix shows. changed: of SHAPE."""
+    llama = Llama(ModelConfig(**{**SHAPE, **changed}))
     llama.initialize(3)
     with torch.no_grad():
         for parameter in llama.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(3)
+                parameter.mul_(scale)
     return llama
 
 

@@ -39,7 +39,7 @@ def test_demo_is_interrupted_resumed_and_completed(tmp_path):
         start_new_session=True,
     )
     metrics = output / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 240
     while not metrics.exists() or metrics.read_text().count('"lr"') < 15:
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import byte_bpe
-
-if TYPE_CHECKING:
-    from tinyllama.model.llama import Llama
 
 
 def build(directory: Path, context: int = 2048) -> Path:
@@ -25,24 +21,3 @@ def build(directory: Path, context: int = 2048) -> Path:
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(directory)
     return directory
-
-
-def decided(vocabulary: int) -> Llama:
-    """Ours, with weights so large that its choices are far from uniform: a wrong prefix shows."""
-    import torch
-
-    from tinyllama.model.config import ModelConfig
-    from tinyllama.model.llama import Llama
-
-    llama = Llama(
-        ModelConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=512,
-        )
-    )  # fmt: skip
-    llama.initialize(3)
-    with torch.no_grad():
-        for parameter in llama.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    return llama

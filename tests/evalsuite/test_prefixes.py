@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import eval_calls
 import numpy as np
 import pytest
-import random_llama
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return random_llama.decided(VOCABULARY)
+    return eval_calls.tiny_llama(8, vocab_size=VOCABULARY, intermediate_size=48, max_position_embeddings=512)
 
 
 def alone(model: Llama, request: Continuation) -> tuple[float, bool]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import eval_calls
 import pytest
-import random_llama
 import torch
 
 from evalsuite import engines
@@ -30,17 +30,17 @@ def _two_threads(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return random_llama.decided(40)
+    return eval_calls.tiny_llama(8, vocab_size=40)
 
 
-def prompts(count: int, most: int = 24, stops: tuple[str, ...] = ()) -> list[Prompt]:
+def prompts(count: int, most: int = 24) -> list[Prompt]:
     generator = torch.Generator().manual_seed(5)
     shared = torch.randint(3, 40, (40,), generator=generator).tolist()
     found = []
     for number in range(count):
         own = torch.randint(3, 40, (3 + number % 5,), generator=generator).tolist()
         temperature = 0.0 if number % 3 else 0.8
-        found.append(Prompt(shared[: 40 - 20 * (number % 2)] + own, most, stops, temperature, seed=number))
+        found.append(Prompt(shared[: 40 - 20 * (number % 2)] + own, most, (), temperature, seed=number))
     return found
 
 
@@ -118,3 +118,27 @@ def test_an_interrupt_does_not_wait_for_the_prompts_to_be_read(model):
 
 def test_no_prompts_have_no_texts(model):
     assert local(model).extend([]) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_ends_both_streams(model, error, monkeypatch):
+    engine = local(model)
+    raised = threading.Event()
+
+    def fails(_):
+        raised.set()
+        raise error
+
+    if error is MemoryError:  # in a stream: the call is tried again with half of the budget until there is none
+        monkeypatch.setattr(engines.Generation, "_step", lambda *_: fails(0))
+        expected = Exception
+    else:  # in the thread that watches
+        engine.on_progress = fails
+        expected = KeyboardInterrupt
+    began = time.monotonic()
+    with pytest.raises(expected):
+        engine.extend(prompts(8, most=100_000))
+    assert raised.is_set()
+    assert time.monotonic() - began < 20
+    assert torch.get_num_threads() == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("generation")]

@@ -82,6 +82,11 @@ class Rows:
         """Every row has one token more."""
         self.width += 1
 
+    def _tails_of(self, numbers: list[int], first: int) -> list[tuple[Tensor, Tensor]]:
+        """The tails of some rows, without the positions before `first`."""
+        index = torch.tensor(numbers, device=self.starts.device)
+        return [(keys[:, index, :, first:], values[:, index, first:]) for keys, values in self.tails]
+
     def _make_room(self, used: int | None = None) -> None:
         """For one more position. used: positions that the step's products meet; all that there is room for unless given."""
         keys, values = self.tails[0]
@@ -119,12 +124,11 @@ class Cohort(Rows):
         """Before a step: one more position, and without the rows that ended, where they are many."""
         if self.sparse():
             alive = [number for number, row in enumerate(self.rows) if not row.ended]
-            keep = torch.tensor(alive, device=self.starts.device)
+            starts = self.starts[alive]
+            first = int(starts.min())
+            self.tails = self._tails_of(alive, first)
             self.rows = [self.rows[number] for number in alive]
-            self.starts = self.starts[keep]
-            first = int(self.starts.min())
-            self.tails = [(keys[:, keep, :, first:], values[:, keep, first:]) for keys, values in self.tails]
-            self.starts, self.width = self.starts - first, self.width - first
+            self.starts, self.width = starts - first, self.width - first
         self._make_room(self.width + 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,12 +198,10 @@ class JoinedCohorts(Rows):
             end += size
             if not keep:
                 continue
-            index = torch.tensor(keep, device=self.starts.device)
             base = [(keys[number, ..., :prefix], values[number, :, :prefix]) for keys, values in self.bases]
             first = min(starts[n] for n in keep)
-            tails = [(keys[:, index, :, first:], values[:, index, first:]) for keys, values in self.tails]
-            kept_starts = [starts[n] - first for n in keep]
-            found.append(Cohort([self.rows[n] for n in keep], base, tails, kept_starts, self.width - first))
+            rows, kept_starts = [self.rows[n] for n in keep], [starts[n] - first for n in keep]
+            found.append(Cohort(rows, base, self._tails_of(keep, first), kept_starts, self.width - first))
         return found
 
     def make_room(self) -> None:

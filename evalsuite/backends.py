@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyllama import checkpoint
+from tinyllama import checkpoint, processes
 from tinyllama.data.durable import read_json
 from tinyllama.errors import MissingExtraError, UserError
 
@@ -160,6 +160,8 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
     if not _has_cuda():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would not carry its guardian's mark
+    processes.guard_from_now_on()  # vLLM's engine outlives a process that is killed
     original = importlib.metadata.version
 
     def version(distribution_name: str) -> str:

@@ -25,6 +25,7 @@ from evalsuite.generation import Generation
 from evalsuite.scoring import Continuation, Work, log_likelihoods
 from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
+from tinyllama.processes import die_with_parent
 
 # A small model's step on a CPU is many short operations, which several cores cannot share well: prompts are continued in two
 # streams, each on its half of the cores. A model that fills the caches is better read once for all rows.
@@ -162,7 +163,7 @@ class Copies:
         self._processes, self._pipes = [], []
         for rank in range(number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(choice, rank, number, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(choice, rank, number, theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -234,8 +235,9 @@ class Copies:
             pipe.close()
 
 
-def _serve(choice: Any, rank: int, number: int, pipe: connection.Connection) -> None:
+def _serve(choice: Any, rank: int, number: int, pipe: connection.Connection, parent: int) -> None:
     """A copy's process: load, then answer until the pipe closes. An error is sent and the next request awaited."""
+    die_with_parent(parent)  # in the middle of a pass too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process answers Ctrl-C
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())

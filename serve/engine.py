@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from tinyllama import processes
 from tinyllama.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -129,11 +130,15 @@ def importable_vllm() -> Iterator[None]:
     # all of 2 cores gave 1,720 instead of 1,290 tok/s at batch 32 on an idle machine (26.7M parameters), but batches 4
     # times slower as soon as anything else ran: each step then waits for the one thread that is not scheduled.
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0", "VLLM_HOST_IP": "127.0.0.1"}
+    defaults["VLLM_WORKER_MULTIPROC_METHOD"] = (
+        "spawn"  # a fork has the environment of before, without its guardian's mark
+    )
     before = dict(os.environ)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB; would override the size that we give in bytes
-    with tempfile.TemporaryDirectory(prefix="tinyllama-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tinyllama-serve-") as folder, processes.guarded() as guarded:
+        os.environ.update(guarded)
         hidden = _torchcodec_is_broken()
         if hidden:
             Path(folder, "torchcodec.py").write_text(

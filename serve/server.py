@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve import engine as door
+from tinyllama import processes
 from tinyllama.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -102,11 +103,14 @@ def listen(
 
 @contextlib.contextmanager
 def launched(line: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The server as a child in a session of its own, all its output in `log`; ended, with its children, at the end."""
+    """The server as a child in a session of its own, all its output in `log`; ended, with its children, at the end.
+
+    All of them end too if this process is killed: engine and worker would keep their memory, and the server its port.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as stream:
+    with open(log, "w") as stream, processes.guarded(environment) as guarded:
         process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
+            line, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=guarded, start_new_session=True
         )
         try:
             yield process

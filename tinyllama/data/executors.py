@@ -25,6 +25,7 @@ from tinyllama.data.durable import read_json, write_json
 from tinyllama.data.pipeline import REPORT_SECONDS, Stage, stages
 from tinyllama.data.work import Work
 from tinyllama.errors import DataError, MissingExtraError, UserError
+from tinyllama.processes import die_with_parent
 
 try:
     from datatrove.executor.base import PipelineExecutor
@@ -63,13 +64,8 @@ def run_here(stage: Stage) -> None:
 
 def _start_worker(parent: int) -> None:
     """A worker dies with its parent, leaves Ctrl-C to it, and keeps datatrove's log lines in the log files."""
-    import ctypes
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+    die_with_parent(parent)
     sys.stderr = open(os.devnull, "w")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evalsuite import manifest
+from evalsuite.names import short
 from evalsuite.suites import HUMANEVAL
 from tinyllama.errors import UserError
 
@@ -47,7 +48,7 @@ def find(data_dir: str) -> Path:
 
 def split_files(bundle: Path, dataset: str, config: str | None, scratch: Path) -> dict[str, str]:
     """Split name -> file of one data set in the bundle; UserError names what is missing."""
-    folder = bundle / dataset / (config or "default")
+    folder = bundle / _part(dataset, "dataset_path") / _part(config or "default", "dataset_name")
     if not folder.is_dir() and dataset == HUMANEVAL:
         return {"test": str(installed_humaneval(scratch))}
     files = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))} if folder.is_dir() else {}
@@ -58,6 +59,13 @@ def split_files(bundle: Path, dataset: str, config: str | None, scratch: Path) -
         _check_rows(Path(path))
     # DROP's training rows have only empty lists where the validation rows have strings; the first file decides types.
     return dict(sorted(files.items(), key=lambda item: item[0] == "train"))
+
+
+def _part(name: Any, key: str) -> str:
+    """A folder's name in a bundle, as a task's definition gives it."""
+    if not isinstance(name, str) or name in (".", "..") or not name.strip() or "/" in name or "\0" in name:
+        raise UserError(f"{key} {short(name)} is no data set's name", fix="correct the task's file")
+    return name
 
 
 def _check_rows(path: Path) -> None:

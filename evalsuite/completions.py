@@ -16,6 +16,7 @@ import numpy as np
 
 from evalsuite import passing, runner, samples, statistics
 from evalsuite.files import write_json, write_json_lines
+from evalsuite.names import stem
 from evalsuite.table import load_results
 from tinyllama import __version__
 from tinyllama.data.durable import read_json
@@ -142,7 +143,7 @@ def _update_export(folder: Path, entry: dict[str, Any], log: list[dict[str, Any]
     content["results"][task] |= {**entry["metrics"], f"{metric}_stderr,{filter_name}": stderr}
     write_json(path, content)
     time = path.stem.removeprefix("results_")
-    lines = folder / f"samples_{task}_{time}.jsonl"
+    lines = folder / f"samples_{stem(task)}_{time}.jsonl"
     if lines.exists():
         by_item = {item["doc_id"]: item for item in log}
         kept = _lines(lines)

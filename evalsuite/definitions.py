@@ -11,12 +11,12 @@ import functools
 import hashlib
 import json
 import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from evalsuite import bundle as bundles
-from evalsuite import leaves, passing
+from evalsuite import leaves, names, passing
 from evalsuite.suites import HUMANEVAL, PAPER, Benchmark, unknown_task
 from evalsuite.tasks import paper_prompts
 from tinyllama.errors import UserError, nearest
@@ -115,7 +115,7 @@ def _members(name: Any, changes: dict[str, Any]) -> list[Definition]:
 
 
 def _overlay(
-    benchmark: Benchmark, definition: Definition, single: bool, folder: Path, data: Path | None, scratch: Path
+    benchmark: Benchmark, definition: Definition, single: bool, file: Path, data: Path | None, scratch: Path
 ) -> Leaf:
     """Write the overlay of one leaf: the definition, the benchmark's shots, where the rows are."""
     import yaml
@@ -139,7 +139,7 @@ def _overlay(
     elif data is not None:
         overlay.update(bundles.data_overlay(config, data, scratch))
         files = overlay["dataset_kwargs"]["data_files"]
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False))
+    file.write_text(yaml.safe_dump(overlay, sort_keys=False))
     generates = config.get("output_type", "generate_until") == "generate_until"  # lm-eval's default too
     return Leaf(name, files, bundles.files_sha256(files) if files else "", generates)
 
@@ -193,24 +193,27 @@ def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
     """Overlays for one benchmark. data: a bundle's folder, or None for the hub."""
     from lm_eval.tasks import TaskManager
 
-    folder = scratch / "tasks" / benchmark.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    names.checked(benchmark.name, "task")
+    folder = Path(tempfile.mkdtemp(prefix="tasks-", dir=scratch))  # a name is a part of no path here
     definitions = stock_definitions(benchmark) if benchmark.yaml is not None else _indexed_definitions(benchmark)
     if benchmark.leaves is not None and len(definitions) != benchmark.leaves:
         raise UserError(
             f"{benchmark.lm_eval_name}: {len(definitions)} tasks in this lm-eval, {benchmark.leaves} expected",
             fix="check lm-eval's version, or correct leaves",
         )
-    found = [_overlay(benchmark, d, len(definitions) == 1, folder, data, scratch) for d in definitions]
+    single = len(definitions) == 1
+    found = [
+        _overlay(benchmark, d, single, folder / f"{number:05d}.yaml", data, scratch)
+        for number, d in enumerate(definitions)
+    ]
     if len({leaf.name for leaf in found}) < len(found):
         raise UserError(f"{benchmark.lm_eval_name} holds a task twice", fix="name its tasks one by one")
     for leaf in found:
         _refuse_too_few_rows(benchmark, leaf.files)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     digest = ",".join(leaf.digest for leaf in found) if any(leaf.files for leaf in found) else None
-    names, generates = [leaf.name for leaf in found], any(leaf.generates for leaf in found)
-    return Prepared(benchmark, names, manager, digest, _definition_sha256(definitions), generates)
+    tasks, generates = [leaf.name for leaf in found], any(leaf.generates for leaf in found)
+    return Prepared(benchmark, tasks, manager, digest, _definition_sha256(definitions), generates)
 
 
 def _definition_sha256(definitions: list[Definition]) -> str:

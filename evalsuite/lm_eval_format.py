@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evalsuite.files import write_json, write_json_lines
+from evalsuite.names import stem
 from tinyllama.data.durable import read_json
 
 # What lm-eval's command line uses, and the draws for the few metrics whose error it bootstraps.
@@ -103,7 +104,7 @@ class ResultsFile:
 
         hashes = {}
         for leaf, samples in results["samples"].items():
-            write_json_lines(self._folder / f"samples_{leaf}_{self._time}.jsonl", _samples(samples))
+            write_json_lines(self._folder / f"samples_{stem(leaf)}_{self._time}.jsonl", _samples(samples))
             hashes[leaf] = hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
         self._take(name, {**results, "task_hashes": hashes}, list(results["samples"]))
         if entry["leaves"]:

@@ -66,6 +66,8 @@ def read(bundle: Path, name: str = NAME) -> dict[str, File] | None:
     try:
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r}")
+        if outside := [place for place in found["files"] if Path(place).is_absolute() or ".." in Path(place).parts]:
+            raise ValueError(f"file {outside[0]!r} is not in the bundle")
         return {place: File(**entry) for place, entry in found["files"].items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a bundle's manifest ({error})", fix=AGAIN) from None

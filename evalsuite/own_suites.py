@@ -14,11 +14,13 @@ A suite's score is the unweighted mean of its tasks. `mean` says how a group's l
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
+from evalsuite import names
+from evalsuite.names import short
 from evalsuite.suites import BENCHMARKS, HARNESS, SUITES, Benchmark, Suite, benchmark
+from evalsuite.yaml_files import FIX, mapping
 from tinyllama.errors import UserError, nearest
 
 SUFFIXES = (".yaml", ".yml")
@@ -26,6 +28,7 @@ SUITE_KEYS: dict[str, type] = {"name": str, "title": str, "description": str, "t
 TASK_KEYS: dict[str, type] = {
     "task": str, "name": str, "title": str, "num_fewshot": int, "metric": str, "mean": str, "leaves": int,
 }  # fmt: skip
+LINES, MOST_SHOWN = ("title", "description", "metric"), 300  # what tables show
 MEANS = ("items", "leaves")
 WORDS = {str: "text", int: "a whole number", list: "a list", dict: "a mapping"}
 
@@ -37,61 +40,43 @@ def is_file(name: str) -> bool:
 
 def load(path: Path, protocol: str = HARNESS) -> Suite:
     """The suite of a file; UserError names the place and what is wrong there."""
-    found = _mapping(path, "suite")
+    found = mapping(path, "suite")
     _check(found, SUITE_KEYS, ("name", "tasks"), str(path))
-    name = found["name"]
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise UserError(f"{path}: name {name!r}", fix="use letters, digits, _, - and .")
-    if name in SUITES or name in BENCHMARKS or name == "all":
+    name = names.checked(found["name"], f"{path}: name")
+    if _is_ours(name):
         raise UserError(f"{path}: name {name!r} is one of ours", fix="give the suite another name")
     if not found["tasks"]:
         raise UserError(f"{path}: tasks is empty", fix="name at least one task")
     members = [_member(path, number, item, protocol) for number, item in enumerate(found["tasks"], 1)]
-    names = [member.name for member in members]
-    for member in names:
-        if names.count(member) > 1:
-            raise UserError(f"{path}: task {member!r} is there twice", fix="give one of them another name")
-        if member == name:
+    for number, member in enumerate(members):
+        before = next((other.name for other in members[:number] if names.same(other.name, member.name)), None)
+        if before is not None:
+            how = "" if before == member.name else f", once as {before!r}"
+            raise UserError(f"{path}: task {member.name!r} is there twice{how}", fix="give one of them another name")
+        if names.same(member.name, name):
             raise UserError(f"{path}: a task and the suite are both named {name!r}", fix="rename one of them")
     return Suite(name, found.get("title") or name, tuple(members), found.get("description"))
 
 
-def _mapping(path: Path, what: str, where: str = "") -> dict[str, Any]:
-    """A YAML file's content; UserError beginning with `where`, if it is named there."""
-    import yaml
-
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except OSError as error:
-        raise UserError(f"{where}{path} cannot be read ({error.strerror})", fix=f"give a {what}'s YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"{where}{path}{f':{mark.line + 1}' if mark else ''} is not YAML ({reason})", fix="see docs/evaluation.md"
-        ) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}{path} holds no mapping", fix=f"a {what}'s file has keys: see docs/evaluation.md")
-    return found
-
-
-def _loader() -> Any:
-    """YAML, with lm-eval's `!function` as text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-    return Loader
+def _is_ours(name: str) -> bool:
+    """Whether a suite or a benchmark of ours has this name, in capitals or not."""
+    return any(names.same(name, other) for other in (*SUITES, *BENCHMARKS, "all"))
 
 
 def _check(found: dict[str, Any], keys: dict[str, type], needed: tuple[str, ...], where: str) -> None:
     for key, value in found.items():
         if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}", fix=nearest(str(key), list(keys)))
+            raise UserError(f"{where}: unknown key {short(key)}", fix=nearest(str(key), list(keys)))
         if not isinstance(value, keys[key]) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} {value!r} is not {WORDS[keys[key]]}", fix="see docs/evaluation.md")
+            raise UserError(f"{where}: {key} {short(value)} is not {WORDS[keys[key]]}", fix=FIX)
+        if (
+            key in LINES
+            and isinstance(value, str)
+            and (not value.isprintable() or not 0 < len(value.strip()) <= MOST_SHOWN)
+        ):
+            raise UserError(
+                f"{where}: {key} {short(value)}", fix=f"give one line of at most {MOST_SHOWN} printable characters"
+            )
     for key in needed:
         if key not in found:
             raise UserError(f"{where}: {key} is missing", fix=f"add {key}:")
@@ -103,7 +88,7 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
     if isinstance(item, str):
         item = {"task": item}
     if not isinstance(item, dict):
-        raise UserError(f"{where}: {item!r} is neither a task's name nor a mapping", fix="see docs/evaluation.md")
+        raise UserError(f"{where}: {short(item)} is neither a task's name nor a mapping", fix=FIX)
     _check(item, TASK_KEYS, ("task",), where)
     shots, mean, leaves = item.get("num_fewshot"), item.get("mean"), item.get("leaves")
     if shots is not None and shots < 0:
@@ -111,7 +96,7 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
     if leaves is not None and leaves < 1:
         raise UserError(f"{where}: leaves {leaves}", fix="give the number of the group's tasks")
     if mean is not None and mean not in MEANS:
-        raise UserError(f"{where}: mean {mean!r}", fix=nearest(mean, list(MEANS)))
+        raise UserError(f"{where}: mean {short(mean)}", fix=nearest(mean, list(MEANS)))
     task = item["task"]
     found = _own(path.parent / task, where) if is_file(task) else benchmark(task, protocol)
     if shots is not None and found.fixed_shots and shots != found.num_fewshot:
@@ -124,8 +109,8 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
     words = {"num_fewshot": f"{shots}shot", "metric": item.get("metric"), "mean": f"by_{mean}"}
     # Under its own name a benchmark of ours is what its suite says; changed, it is another one.
     name = "_".join([found.name, *(str(words[key]) for key in changed)]) if found.name in BENCHMARKS else found.name
-    name = item.get("name") or name
-    if name in BENCHMARKS and (changed or found.name != name):
+    name = names.checked(item.get("name", name), f"{where}: name")
+    if _is_ours(name) and (changed or found.name != name):
         raise UserError(f"{where}: name {name!r} is one of ours", fix="give it another name")
     variant = name != found.name
     title = item.get("title") or (name if variant else found.title)
@@ -135,11 +120,11 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
 
 def _own(path: Path, where: str) -> Benchmark:
     """A task that a file of the user's own defines."""
-    found = _mapping(path, "task", f"{where}: ")
+    found = mapping(path, "task", f"{where}: ")
     if not isinstance(found.get("task"), str):
         kind = "a group: name its tasks one by one" if "group" in found else "no lm-eval task: it has no task: NAME"
-        raise UserError(f"{where}: {path} is {kind}", fix="see docs/evaluation.md")
-    name = found["task"]
-    if name in BENCHMARKS:
+        raise UserError(f"{where}: {path} is {kind}", fix=FIX)
+    name = names.checked(found["task"], f"{where}: {path}: task")
+    if _is_ours(name):
         raise UserError(f"{where}: {path} defines {name!r}, which is one of ours", fix="give it another name")
     return Benchmark(name, name, "", found.get("num_fewshot"), str(path.resolve()), own=True)

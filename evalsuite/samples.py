@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evalsuite import statistics
+from evalsuite import names, statistics
 from tinyllama.errors import UserError
 
 Averaging = Literal["items", "leaves"]
@@ -43,7 +43,7 @@ class Item:
 
 def path_of(folder: Path, benchmark: str) -> Path:
     """The log of a benchmark in an evaluation's folder."""
-    return folder / "samples" / f"{benchmark}.jsonl"
+    return names.under(folder / "samples", benchmark, ".jsonl")
 
 
 def items(entries: Iterable[dict[str, Any]], metric_key: str) -> list[Item]:

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from evalsuite import names
 from tinyllama.errors import UserError, nearest
 
 HARNESS, PAPER = PROTOCOLS = ("harness", "paper")
@@ -148,13 +149,14 @@ def benchmark(name: str, protocol: str = HARNESS) -> Benchmark:
         return BY_PAPER[name]
     if name in BENCHMARKS:
         return BENCHMARKS[name]
+    names.checked(name, "task")
     by_task = {member.lm_eval_name: member for member in BY_PAPER.values()}
     if name in by_task:
         return dataclasses.replace(by_task[name], name=name, title=name)
     return Benchmark(name, name, "", None, leaves=None)
 
 
-def choose(names: str, protocol: str = HARNESS) -> tuple[list[Benchmark], list[Suite]]:
+def choose(tasks: str, protocol: str = HARNESS) -> tuple[list[Benchmark], list[Suite]]:
     """Benchmarks named by a comma-separated list of suites, their files, benchmarks, `all`, or any lm-eval task; and the
     suites of the user's own among them.
 
@@ -164,7 +166,7 @@ def choose(names: str, protocol: str = HARNESS) -> tuple[list[Benchmark], list[S
 
     chosen: dict[str, Benchmark] = {}
     own: list[Suite] = []
-    for name in (part.strip() for part in names.split(",")):
+    for name in (part.strip() for part in tasks.split(",")):
         if not name:
             continue
         if own_suites.is_file(name):
@@ -176,18 +178,24 @@ def choose(names: str, protocol: str = HARNESS) -> tuple[list[Benchmark], list[S
             )
             found = [benchmark(member, protocol) for member in members]
         for member in found:
-            if chosen.setdefault(member.name, member) != member:
+            key = member.name.casefold()  # the files of two of them would be one where capitals do not count
+            if chosen.setdefault(key, member) != member:
                 raise UserError(f"--tasks asks for {member.name!r} twice, in two ways", fix="give one another name")
     if not chosen:
-        raise UserError(f"--tasks {names!r} names no task", fix="give commonsense, problem_solving, all or task names")
-    if len({suite.name for suite in own}) < len(own):
+        raise UserError(
+            f"--tasks {names.short(tasks)} names no task", fix="give commonsense, problem_solving, all or task names"
+        )
+    titles = [suite.name.casefold() for suite in own]
+    if len(set(titles)) < len(own):
         raise UserError("--tasks names two suites of one name", fix="rename one")
+    if both := next((name for name in titles if name in chosen), None):
+        raise UserError(f"--tasks names a task and a suite {both!r}", fix="rename one")
     return list(chosen.values()), own
 
 
-def select(names: str, protocol: str = HARNESS) -> list[Benchmark]:
+def select(tasks: str, protocol: str = HARNESS) -> list[Benchmark]:
     """The benchmarks of `choose`."""
-    return choose(names, protocol)[0]
+    return choose(tasks, protocol)[0]
 
 
 def sampled(benchmarks: list[Benchmark], count: int, temperature: float | None) -> list[Benchmark]:
@@ -220,4 +228,7 @@ def sampled(benchmarks: list[Benchmark], count: int, temperature: float | None) 
 def unknown_task(name: str, known: list[str]) -> UserError:
     """The error for a name that neither we nor lm-eval know."""
     ours = [member.lm_eval_name for member in BY_PAPER.values()]
-    return UserError(f"unknown task {name!r}", fix=nearest(name, [*known, *ours, *SUITES, *BENCHMARKS, "all"]))
+    fix = nearest(name, [*known, *ours, *SUITES, *BENCHMARKS, "all"])
+    if fix.startswith("valid: "):  # fourteen thousand names
+        fix = f"give {', '.join(SUITES)}, all, one of {', '.join(BENCHMARKS)}, or a task, group or tag of lm-eval"
+    return UserError(f"unknown task {name!r}", fix=fix)

@@ -13,10 +13,14 @@ from typing import IO, Any
 
 from tinyllama.errors import DataError
 
+MOST_NAME = 255  # bytes of a file's name, of common file systems
+
 
 def partial_name(path: Path) -> Path:
     """Another name for a file that is being written, which no other process of any host takes."""
-    return path.with_name(f"{path.name}{_partial_suffix()}")
+    suffix = _partial_suffix()
+    name = path.name.encode()[: MOST_NAME - len(suffix.encode())].decode(errors="ignore")
+    return path.with_name(f"{name}{suffix}")
 
 
 def _partial_suffix() -> str:

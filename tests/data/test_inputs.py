@@ -19,7 +19,7 @@ import zstandard
 from conftest import ROOT
 
 from tinyllama.data.documents import Reader, read_documents
-from tinyllama.data.inputs import find_inputs
+from tinyllama.data.inputs import LeftOut, find_inputs
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import DataError
 
@@ -126,7 +126,7 @@ def test_large_rows_of_parquet_are_few_at_a_time(tmp_path):
     texts = [rng.randbytes(500_000).hex() for _ in range(64)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False, write_batch_size=1)
     script = (
-        "import re; from tinyllama.data.inputs import find_inputs; from tinyllama.data.documents import Reader\n"
+        "import re; from tinyllama.data.inputs import LeftOut, find_inputs; from tinyllama.data.documents import Reader\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
         f"import pyarrow.parquet; before = peak(); n = sum(len(t) for t in Reader(*find_inputs([{str(tmp_path)!r}])))\n"
         "print(n, peak() - before)"
@@ -143,10 +143,10 @@ def test_forms_that_are_not_read_are_refused_by_name_and_told_of_in_folders(tmp_
     with pytest.raises(DataError, match=f"{name} is of a form that is not read"):
         find_inputs([tmp_path / name])
     (tmp_path / "b.ndjson").write_bytes(LINES)
-    left_out: list[str] = []
+    left_out: LeftOut = {}
     (file,) = find_inputs([tmp_path], left_out=left_out)
     assert file.kind == "lines"
-    assert left_out == [str(tmp_path / name)]
+    assert left_out == {"of another form": [str(tmp_path / name)]}
 
 
 def test_names_that_cannot_be_used_are_one_line(tmp_path):

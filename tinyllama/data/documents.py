@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from tinyllama.data.defaults import MAX_DOCUMENT_BYTES
-from tinyllama.data.inputs import SUFFIXES, HashedStream, InputFile
+from tinyllama.data.forms import HEAD_BYTES, SUFFIXES, contradiction, remedy
+from tinyllama.data.input_file import HashedStream, InputFile
 from tinyllama.errors import DataError, nearest
 from tinyllama.tokenizer.sentencepiece_model import lone_surrogate
 
@@ -27,6 +28,7 @@ TEXT_FIELDS = ("text", "content")
 PRESETS = Path(__file__).parent / "presets"
 READ_BYTES = 1 << 18
 BATCH_BYTES = 4 << 20  # of a parquet file, decoded at a time
+BOM = b"\xef\xbb\xbf"  # before UTF-8 it says nothing, and is no part of the text
 
 if TYPE_CHECKING:
     from tinyllama.data.part import SkippedRecords
@@ -37,8 +39,9 @@ class Rules:
     """Which documents of an input count.
 
     text_field: the field that holds the text; None takes the first of `text` and `content`. exclude: documents whose
-    field (dotted for nested ones) has one of these values do not count. skip_bad: list what is broken or too large
-    instead of refusing the file. max_document_bytes: longer texts are always listed as skipped; bounds the memory.
+    field has one of these values do not count. Fields may be dotted, for nested ones. skip_bad: list what is broken or
+    too large instead of refusing the file. max_document_bytes: longer texts are always listed as skipped; bounds the
+    memory.
     """
 
     text_field: str | None = None
@@ -99,11 +102,12 @@ class Reader:
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[str]:
+        is_text = self.file.kind == "text"
         records = {"lines": self._lines, "parquet": self._parquet, "text": self._whole}[self.file.kind]()
         for where, record in records:
             number, self.num_records = self.num_records, self.num_records + 1
             try:
-                text = self._text(record)
+                text = self._text_of_file(record) if is_text else self._text(record)
             except _Bad as error:
                 if not self.rules.skip_bad:
                     fix = "repair or remove it (data prepare --bad-records skip lists and skips)"
@@ -128,32 +132,34 @@ class Reader:
         """The text of one record; None if it is excluded. _Bad if there is none."""
         if isinstance(record, _Bad):
             raise record
-        if isinstance(record, str):
-            if self.rules.exclude:
-                raise _Bad(
-                    f"is a text file and has no field {self.rules.exclude[0][0]}, by which documents are excluded"
-                )
-            return _checked(record)
         if not isinstance(record, dict):
-            raise _Bad("is not a JSON object")
+            raise _Bad(f"is not a JSON object but {_kind(record)}")
         for field, values in self.rules.exclude:
-            found = record
-            for key in field.split("."):
-                if not isinstance(found, dict) or key not in found:
-                    raise _Bad(f"has no field {field}, by which documents are excluded")
-                found = found[key]
+            found = _field(record, field)
+            if found is _ABSENT:
+                raise _Bad(f"has no field {field}, by which documents are excluded")
             value = found if isinstance(found, str) else json.dumps(found)
             if value in values:
                 self.excluded[f"{field}={value}"] += 1
                 return None
         names = (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS
         for name in names:
-            if isinstance(record.get(name), str):
-                return _checked(record[name])
-        if any(name in record and record[name] is None for name in names):
+            if isinstance(found := record.get(name) or _field(record, name), str):
+                return _checked(found)
+        others = {name: found for name in names if (found := _field(record, name)) is not _ABSENT}
+        if None in others.values():
             return ""  # a null is an empty text, and listed as one
         fields = self.rules.text_field or " or ".join(TEXT_FIELDS)
-        raise _Bad(f"has no {fields} string")
+        there = "".join(f": its {name} is {_kind(value)}" for name, value in others.items())
+        raise _Bad(f"has no {fields} string{there}")
+
+    def _text_of_file(self, content: Any) -> str:
+        """The text of a text file, which is one record. _Bad if it cannot be used."""
+        if isinstance(content, _Bad):
+            raise content
+        if self.rules.exclude:
+            raise _Bad(f"is a text file and has no field {self.rules.exclude[0][0]}, by which documents are excluded")
+        return _checked(content)
 
     # -- The three kinds of file: (where, record) pairs --------------------------------------------------------------
 
@@ -162,9 +168,10 @@ class Reader:
         raw = self._raw = HashedStream(self.file)
         longest = 6 * self.rules.max_document_bytes + (1 << 16)  # JSON writes a character in at most six bytes
         try:
-            with _decompressed(self.file.name.lower(), raw) as stream:
+            with _decompressed(self.file, raw) as stream:
                 while line := stream.readline(longest):
                     number += 1
+                    line = line.removeprefix(BOM) if number == 1 else line
                     self.bytes_read = raw.num_bytes
                     if len(line) == longest and not line.endswith(b"\n"):
                         while (rest := stream.readline(longest)) and not rest.endswith(b"\n"):
@@ -198,11 +205,13 @@ class Reader:
                 while data := raw.read(1 << 20):
                     path.write(data)
             self.sha256 = raw.finish()
+            _refuse(self.file, raw.head, "parquet")
             try:
                 # A buffer instead of whole column chunks keeps the memory small.
                 table = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
                 names = table.schema_arrow.names
-                fields = [f for f in ((rules.text_field,) if rules.text_field else TEXT_FIELDS) if f in names]
+                wanted_fields = (rules.text_field,) if rules.text_field else TEXT_FIELDS
+                fields = [f for f in wanted_fields if f in names or f.split(".")[0] in names]
                 if not fields:
                     wanted = rules.text_field or " or ".join(TEXT_FIELDS)
                     raise DataError(f"{name} has columns {', '.join(names)}", fix=f"{wanted} is needed")
@@ -226,8 +235,11 @@ class Reader:
         data = raw.readall()
         self.sha256 = raw.finish()
         try:
+            if what := contradiction("", data[:HEAD_BYTES], "text"):
+                yield self.file.address, _Bad(what.strip())
+                return
             # No newline translation: a document's line ends are its own.
-            yield self.file.address, data.decode("utf-8")
+            yield self.file.address, data.removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError as error:
             yield self.file.address, _Bad(f"is not UTF-8 ({error})")
 
@@ -243,15 +255,25 @@ def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
         yield from table.iter_batches(batch_size=rows, row_groups=[index], columns=columns, use_threads=False)
 
 
-def _decompressed(name: str, raw: HashedStream) -> IO[bytes]:
-    buffered = io.BufferedReader(raw, READ_BYTES)
-    if name.endswith((".gz", ".zst")) and not buffered.peek(1):
+def _refuse(file: InputFile, head: bytes, expected: str) -> None:
+    """DataError if a file, or what is packed in it, begins as another form does than its name says."""
+    if what := contradiction(file.address, head, expected):
+        raise DataError(what, fix=remedy(what))
+
+
+def _decompressed(file: InputFile, raw: HashedStream) -> IO[bytes]:
+    name, buffered = file.name.lower(), io.BufferedReader(raw, READ_BYTES)
+    head = buffered.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if not name.endswith((".gz", ".zst")):
+        _refuse(file, head, "lines")
+        return cast(IO[bytes], buffered)
+    if not head:
         raise EOFError("it is empty")  # the libraries take nothing at all for a whole file
-    if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
-    if name.endswith(".zst"):
-        return cast(IO[bytes], io.BufferedReader(_ZstandardStream(buffered), READ_BYTES))
-    return cast(IO[bytes], buffered)
+    _refuse(file, head, "gzip" if name.endswith(".gz") else "zstandard")
+    unpacked: Any = gzip.GzipFile(fileobj=buffered) if name.endswith(".gz") else _ZstandardStream(buffered)
+    stream = unpacked if name.endswith(".gz") else io.BufferedReader(unpacked, READ_BYTES)
+    _refuse(file, stream.peek(HEAD_BYTES)[:HEAD_BYTES], "lines")
+    return cast(IO[bytes], stream)
 
 
 class _ZstandardStream(io.RawIOBase):
@@ -300,9 +322,32 @@ def _parsed(line: bytes) -> Any:
         return orjson.loads(line)
     except orjson.JSONDecodeError as strict:
         try:
-            return json.loads(line)  # NaN, which Python writes, and lone surrogates, which are named later
+            # NaN, which Python writes, and lone surrogates, which are named later. Decoded here, for from bytes json
+            # would also take UTF-16.
+            return json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):
             return _Bad(f"is not valid JSON in UTF-8 ({strict})")
+
+
+_ABSENT = object()
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    """The value of a field, whose name may be dotted for a nested one; _ABSENT if there is none."""
+    if name in record:
+        return record[name]
+    found: Any = record
+    for key in name.split("."):
+        if not isinstance(found, dict) or key not in found:
+            return _ABSENT
+        found = found[key]
+    return found
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}")
 
 
 def _checked(text: str) -> str:

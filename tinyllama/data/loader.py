@@ -45,7 +45,9 @@ class Mixture:
                     )
         self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
         self.separator_id = first.separator_id
-        self.order = Order([s.num_tokens for s in self.stores], [s.weight for s in sources], sequence_length, seed)
+        names = [s.name for s in sources]
+        weights = [s.weight for s in sources]
+        self.order = Order([s.num_tokens for s in self.stores], weights, sequence_length, seed, names)
         self.sequence_length = sequence_length
 
     @property

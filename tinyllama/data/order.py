@@ -91,32 +91,33 @@ class Schedule:
     the sources whose next sample is not too early, the one whose deadline comes first.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], names: Sequence[str] | None = None) -> None:
+        given = f"{dict(zip(names, weights, strict=True)) if names else list(weights)}"
         if not weights or not all(0 < w < math.inf for w in weights):
-            raise ConfigError(f"source weights {list(weights)}", fix="every weight must be above zero")
+            raise ConfigError(f"source weights {given}", fix="every weight must be above zero")
         shares = [Fraction(repr(w)) for w in weights]
         total = sum(shares)
         self.shares = [share / total for share in shares]
         self.period = math.lcm(*(s.denominator for s in self.shares))
         if self.period > LONGEST_PERIOD:
             raise ConfigError(
-                f"source weights {list(weights)} have a common period of {self.period:,} samples",
+                f"source weights {given} have a common period of {self.period:,} samples",
                 fix=f"use rounder weights, such as 7 and 3 (at most {LONGEST_PERIOD:,})",
             )
         counts = [int(share * self.period) for share in self.shares]
         period, sources = self.period, len(counts)
-        given = [0] * sources
+        taken = [0] * sources
         order, before = [], []
         # In integers: a sample of source k is not too early once share * (position + 1) - given >= 1 / (2K - 2).
         slack = max(1, 2 * sources - 2)
         for position in range(period):
-            before.append(tuple(given))
+            before.append(tuple(taken))
             ready = [
-                k for k in range(sources) if (counts[k] * (position + 1) - given[k] * period) * slack >= period
+                k for k in range(sources) if (counts[k] * (position + 1) - taken[k] * period) * slack >= period
             ] or list(range(sources))
-            chosen = min(ready, key=lambda k: (Fraction((given[k] + 1) * slack - 1, counts[k]), k))
+            chosen = min(ready, key=lambda k: (Fraction((taken[k] + 1) * slack - 1, counts[k]), k))
             order.append(chosen)
-            given[chosen] += 1
+            taken[chosen] += 1
         self.counts = np.array(counts, dtype=np.int64)
         self.sources = np.array(order, dtype=np.int64)
         self.before = np.array(before, dtype=np.int64)  # (period, sources)
@@ -157,11 +158,18 @@ class Window:
 class Order:
     """Sample number -> Window, for sources of given lengths and weights."""
 
-    def __init__(self, num_tokens: Sequence[int], weights: Sequence[float], sequence_length: int, seed: int) -> None:
-        for k, n in enumerate(num_tokens):
+    def __init__(
+        self,
+        num_tokens: Sequence[int],
+        weights: Sequence[float],
+        sequence_length: int,
+        seed: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        for name, n in zip(names or range(len(num_tokens)), num_tokens, strict=True):
             if n < sequence_length + 1:
                 raise ConfigError(
-                    f"source {k} has {n:,} tokens, one sample of sequence_length={sequence_length} needs "
+                    f"source {name!r} has {n:,} tokens, one sample of sequence_length={sequence_length} needs "
                     f"{sequence_length + 1:,}",
                     fix="prepare more text or shorten data.sequence_length",
                 )
@@ -169,7 +177,7 @@ class Order:
         self.sequence_length = sequence_length
         self.seed = seed
         self.windows = [-(-(n - 1) // sequence_length) for n in num_tokens]
-        self.schedule = Schedule(weights)
+        self.schedule = Schedule(weights, names)
         self._permutations: dict[int, tuple[int, Permutation]] = {}
         self._blocks: dict[int, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()  # training asks for the next samples while a thread reads ahead

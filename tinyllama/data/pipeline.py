@@ -62,12 +62,12 @@ class ReadInputs(PipelineStep):
 
     name, type = "tinyllama inputs", "📖 - READER"
 
-    def __init__(self, folder: str, shared: _Shared) -> None:
+    def __init__(self, folder: str, shared: _Shared, secrets: dict[int, str]) -> None:
         super().__init__()
-        self.folder, self.shared = folder, shared
+        self.folder, self.shared, self.secrets = folder, shared, secrets
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        work = Work.load(Path(self.folder))
+        work = Work.load(Path(self.folder), self.secrets)
         files = work.plan.files
         for index in share([file.size_bytes for file in files], rank, world_size):
             if work.is_finished(index):
@@ -239,13 +239,14 @@ class Stage:
 def stages(work: Work, target: Path, tasks: int, plain: bool = False) -> list[Stage]:
     """The whole preparation. `tasks` bounds how finely the work is divided; it does not change the result."""
     folder, shared = str(work.folder.resolve()), _Shared()
+    secrets = {number: file.opens for number, file in enumerate(work.plan.files) if file.opens}
     # How many shards there will be is not known yet; a task for each half a gigabyte of compressed input is about right.
     shard_bytes = work.plan.settings.shard_tokens * work.width
     packers = 1 + 4 * sum(file.size_bytes for file in work.plan.files) // shard_bytes
     return [
         Stage(
             "tokenize",
-            [ReadInputs(folder, shared), TokenizeAndWrite(folder, shared, plain)],
+            [ReadInputs(folder, shared, secrets), TokenizeAndWrite(folder, shared, plain)],
             max(1, min(tasks, len(work.plan.files))),
         ),
         Stage("layout", [LayOut(folder)], 1),

@@ -15,7 +15,7 @@ from tinyllama.data.defaults import SEED, SHARD_TOKENS, VALIDATION_FRACTION
 from tinyllama.data.documents import Rules
 from tinyllama.data.durable import cannot_write, read_json
 from tinyllama.data.executors import ClusterOptions, Totals, refuse_running_jobs, run_local, run_ray, submit_slurm
-from tinyllama.data.inputs import SUFFIXES, find_inputs
+from tinyllama.data.inputs import SUFFIXES, LeftOut, empty_line, find_inputs, left_out_line
 from tinyllama.data.store import SPLITS, Manifest, TokenStore, file_sha256, read_manifest
 from tinyllama.data.work import Plan, Settings, Work, lock
 from tinyllama.errors import DataError
@@ -66,11 +66,19 @@ def prepare(
         rules=rules or Rules(),
         shard_tokens=shard_tokens,
     )
-    left_out: list[str] = []
+    left_out: LeftOut = {}
     plan = Plan(settings, tuple(find_inputs(inputs, suffixes, left_out)))
-    if left_out and notice:
-        shown = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
-        notice(f"{len(left_out):,} files that end with none of {' '.join(suffixes)} are left out: {shown}")
+    if executor != "local" and (secret := next((file for file in plan.files if file.opens), None)):
+        # Executors of clusters write what their tasks need into files.
+        raise DataError(
+            f"--executor {executor}: the password or signature of {secret.address} would be written into the jobs' files",
+            fix="fetch the files first, or use --executor local",
+        )
+    if notice:
+        if left_out:
+            notice(left_out_line(left_out))
+        if empty := empty_line(plan.files):
+            notice(empty)
     work = Work(target.with_name(f"{target.name}.partial"), plan)
     try:
         _refuse_overlap(inputs, plan, target)

@@ -27,7 +27,7 @@ import numpy as np
 
 from tinyllama.data.documents import Rules
 from tinyllama.data.durable import durable, partial_name, read_json, write_json
-from tinyllama.data.inputs import InputFile
+from tinyllama.data.input_file import InputFile
 from tinyllama.data.store import (
     LISTS,
     SEPARATOR_POLICY,
@@ -37,6 +37,7 @@ from tinyllama.data.store import (
     Shard,
     SplitCounts,
     file_sha256,
+    list_sha256,
     shard_name,
 )
 from tinyllama.errors import DataError
@@ -122,7 +123,10 @@ class Work:
             stale.unlink(missing_ok=True)
         for old in self.folder.glob("progress/*.json"):
             old.unlink()
-        write_json(self.folder / "plan.json", dataclasses.asdict(self.plan))
+        written = dataclasses.asdict(self.plan)
+        for file in written["files"]:
+            del file["opens"]  # secrets stay in memory
+        write_json(self.folder / "plan.json", written)
         layout = read_json(self.folder / "layout.json")
         if layout and self._layout() != layout:
             (self.folder / "layout.json").unlink()
@@ -131,20 +135,21 @@ class Work:
                 (self.folder / name).mkdir()
 
     @classmethod
-    def load(cls, folder: Path) -> Work:
-        """As `begin` left it, in another process."""
+    def load(cls, folder: Path, secrets: dict[int, str] | None = None) -> Work:
+        """As `begin` left it, in another process; `secrets` are those of its addresses that have any."""
         raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         rules = dict(raw["settings"].pop("rules"))
         rules["exclude"] = tuple((field, tuple(values)) for field, values in rules["exclude"])
         settings = Settings(rules=Rules(**rules), **raw["settings"])
-        return cls(folder, Plan(settings, tuple(InputFile(**file) for file in raw["files"])))
+        opens = secrets or {}
+        files = (InputFile(**file, opens=opens.get(number, "")) for number, file in enumerate(raw["files"]))
+        return cls(folder, Plan(settings, tuple(files)))
 
     # -- Parts ------------------------------------------------------------------------------------------------------
 
     def part(self, index: int) -> Path:
         """The path of one part, without a suffix. It depends on the input alone: adding others keeps it."""
-        file = self.plan.files[index]
-        name = hashlib.sha256(f"{file.name}\0{file.address}".encode()).hexdigest()[:24]
+        name = self.plan.files[index].key
         return self.folder / "parts" / name[:2] / name
 
     def part_file(self, index: int, split: str, kind: str) -> Path:
@@ -310,9 +315,11 @@ class Work:
             shard_tokens=settings.shard_tokens,
             splits=splits,
             inputs={**provenance, "rules": dataclasses.asdict(settings.rules)},
-            lists={name: file_sha256(store / name) for name in LISTS},
+            lists={name: list_sha256(store / name) for name in LISTS},
         )
-        write_json(store / "prepared.json", {"plan": self.plan.key})
+        write_json(
+            store / "prepared.json", {"plan": self.plan.key, "inputs_sha256": file_sha256(store / "inputs.jsonl")}
+        )
         with durable(store / "manifest.json") as stream:
             stream.write(manifest.to_json())
         self._keep_tokenizer(target)
@@ -346,7 +353,8 @@ class Work:
                 kept = {key: record[key] for key in ("records", "skipped", "excluded", "splits")}
                 for key in sums:
                     sums[key] += record["identity"]["bytes"] if key == "bytes" else record[key]
-                inputs.write(json.dumps({**record["identity"], **kept}, ensure_ascii=False) + "\n")
+                address = self.plan.files[index].address
+                inputs.write(json.dumps({**record["identity"], "address": address, **kept}, ensure_ascii=False) + "\n")
                 if record["skipped"]:
                     with open(self.skipped_file(index), encoding="utf-8") as stream:
                         for number, reason in map(json.loads, stream):

@@ -35,15 +35,15 @@ def scores(passed: Sequence[bool]) -> dict[str, float]:
     return {f"pass@{k}": pass_at_k(len(passed), sum(passed), k) for k in ks(len(passed))}
 
 
-def program(doc: dict[str, Any], completion: str, protocol: str) -> str:
+def program(doc: dict[str, Any], completion: str, protocol: str) -> tuple[str, str]:
     """The problem's beginning with what is kept of a completion, and the tests."""
     kept = humaneval_completion(completion) if protocol == PAPER else completion
-    return f"{doc['prompt']}{kept}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return f"{doc['prompt']}{kept}\n", f"{doc['test']}\ncheck({doc['entry_point']})\n"
 
 
 @functools.cache
-def _judged(text: str, wall_s: float | None) -> Verdict:
-    return Sandbox.shared().run(text, wall_s)
+def _judged(parts: tuple[str, str], wall_s: float | None) -> Verdict:
+    return Sandbox.shared().run(parts[0], wall_s, tests=parts[1])
 
 
 def judge(doc: dict[str, Any], completions: Sequence[str], protocol: str) -> list[Verdict]:
@@ -52,5 +52,5 @@ def judge(doc: dict[str, Any], completions: Sequence[str], protocol: str) -> lis
     programs = [program(doc, completion, protocol) for completion in completions]
     Sandbox.shared()  # proven before threads need it
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda text: _judged(text, wall_s), dict.fromkeys(programs)))
-    return [_judged(text, wall_s) for text in programs]
+        list(pool.map(lambda parts: _judged(parts, wall_s), dict.fromkeys(programs)))
+    return [_judged(parts, wall_s) for parts in programs]

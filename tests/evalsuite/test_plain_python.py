@@ -1,0 +1,116 @@
+"""The judge is Python: its verdicts are those of a plain exec, whoever asks and whatever runs beside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from program_texts import honest
+
+from evalsuite.sandbox import ENVIRONMENT, HASH_SEED, Limits, Sandbox
+
+TIMEOUT_S = 4.0
+SLOW = {"ends too late", "computes too long", "limit of time"}
+NOBODY = 12345
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, bool]:
+    """Name -> whether plain Python passes the program."""
+    programs = {name: text for name, text in honest().items() if name not in SLOW}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("plain_python.py"))],
+        input=json.dumps({"programs": list(programs.values()), "timeout": 20}),
+        env={**os.environ, "PYTHONHASHSEED": str(HASH_SEED)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = dict(zip(programs, json.loads(done.stdout), strict=True)) | dict.fromkeys(SLOW, False)
+    assert 40 < sum(found.values()) < len(found) - 25
+    return found
+
+
+def differing(sandbox: Sandbox, expected: dict[str, bool], programs: dict[str, str]) -> dict[str, str]:
+    """The programs of which the sandbox says something else than Python does, with its reasons."""
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = dict(
+            zip(programs, pool.map(lambda text: sandbox.run(text, TIMEOUT_S), programs.values()), strict=True)
+        )
+    return {name: f"{v.passed}: {v.reason}" for name, v in verdicts.items() if v.passed != expected[name]}
+
+
+def test_the_verdicts_are_those_of_plain_python(expected):
+    sandbox = Sandbox()
+    assert ENVIRONMENT["PYTHONHASHSEED"] == str(HASH_SEED)
+    assert differing(sandbox, expected, honest()) == {}
+    sandbox.close()
+
+
+@pytest.mark.slow
+def test_the_verdicts_are_the_same_again_and_beside_fork_bombs(expected):
+    programs = {name: text for name, text in honest().items() if name not in SLOW}
+    sandbox, over = Sandbox(), threading.Event()
+
+    def bomb() -> None:
+        while not over.is_set():
+            sandbox.run("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass", 3.0)
+
+    with ThreadPoolExecutor(1) as pool:
+        bombs = pool.submit(bomb)
+        try:
+            for _ in range(3):
+                assert differing(sandbox, expected, programs) == {}
+        finally:
+            over.set()
+        bombs.result()
+    sandbox.close()
+
+
+def test_an_ordinary_user_gets_the_same_verdicts(expected, tmp_path):
+    """Where user namespaces are allowed; where not, nothing runs and that is said."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    names = [
+        "annotations are evaluated",
+        "many threads",
+        "multiprocessing with a lock",
+        "order of a set",
+        "fails",
+        "shared memory",
+    ]
+    program = (
+        "import json, sys\nfrom evalsuite.sandbox import Sandbox\nfrom tinyllama.errors import UserError\n"
+        "try:\n    sandbox = Sandbox.shared()\nexcept UserError as error:\n    print(json.dumps(error.what)); sys.exit()\n"
+        "print(json.dumps([sandbox.run(text).passed for text in json.load(sys.stdin)]))"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        done = subprocess.run(
+            ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", sys.executable, "-c", program],
+            input=json.dumps([honest()[name] for name in names]),
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if "Permission denied" in done.stderr:
+        pytest.skip("another user cannot read this Python")
+    found = json.loads(done.stdout)
+    if isinstance(found, str):
+        assert "cannot be contained here" in found
+    else:
+        assert found == [expected[name] for name in names]
+    assert Limits().processes > 100
+
+
+def test_the_tests_run_in_the_program_s_own_interpreter():
+    sandbox = Sandbox()
+    tests = "def check(f):\n    assert f(1) == 2\n    assert n == 1\ncheck(f)\n"
+    assert sandbox.run("n = 0\ndef f(x):\n    global n\n    n += 1\n    return x + 1\n", tests=tests).passed
+    assert not sandbox.run("n = 0\ndef f(x):\n    return x + 1\n", tests=tests).passed
+    assert "SyntaxError" in sandbox.run("f = (\n", tests=tests).reason
+    assert sandbox.run("from __future__ import annotations\nn = 1\nf = lambda x: 2\n", tests=tests).passed
+    sandbox.close()

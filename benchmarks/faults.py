@@ -3,7 +3,7 @@
     python benchmarks/faults.py [--short]
 
 One run meets every fault in turn, each some steps after the one before; after each it is started again by the same
-command. Kills are aimed by the heartbeat of their rank; the phase is held open for a second there, so that they meet it.
+command. The ranks wait in the phase that a kill is aimed at until it has struck.
 SIGKILL and SIGTERM go to rank 0, rank 1 and both, in each phase of a step and of a save. Then: no room for a file during
 a save, a bit flipped in the newest checkpoint, a rank that stands still (SIGSTOP), a loss that is NaN. At the end every
 checkpoint that the run wrote is compared with the undisturbed run's of the same step, weights and moments, bit for bit,
@@ -75,7 +75,12 @@ class Fault:
     def inject(self) -> list[str]:
         if self.kind == "nan":
             return ["--inject", f"nan@{self.step}"]
-        return ["--inject", f"pause={self.phase}@{self.step}"] if self.phase not in ("", "write") else []
+        return ["--inject", f"hold={self.phase}@{self.step}"] if self.is_held else []
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the ranks wait in the phase; a save in the background is met as it is."""
+        return self.phase not in ("", "write")
 
 
 def plan(short: bool, only: list[str] | None) -> list[Fault]:
@@ -120,6 +125,9 @@ class Campaign:
     def strike(self, fault: Fault) -> None:
         """Start the run, disturb it, and wait for its end."""
         before = len(checkpoint.list_checkpoints(self.run))
+        for mark in self.run.glob("held-*"):
+            mark.unlink()
+        (self.run / "go-on").unlink(missing_ok=True)
         process = self.start(self.run, *fault.inject)
         struck = self._wait_and_hit(fault, process)
         fault.exit_code = process.wait(timeout=120)
@@ -145,6 +153,10 @@ class Campaign:
             if process.poll() is not None:
                 raise RuntimeError(f"{fault}: the run ended before it, exit code {process.returncode}")
             beat = heartbeat.read(self.run, aim)
+            if fault.is_held:
+                if all((self.run / f"held-{rank}").exists() for rank in (0, 1)):
+                    break
+                continue
             live = beat and beat["phase"] != heartbeat.ENDED and Path(f"/proc/{beat['pid']}").exists()
             if live and beat["step"] >= fault.step:
                 shard = partial / f"shard-{aim:05d}.safetensors"
@@ -159,6 +171,7 @@ class Campaign:
             else:
                 os.kill(pid, {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}.get(fault.kind, signal.SIGTERM))
         fault.met = "write" if fault.phase == "write" and partial.exists() else beat["phase"]
+        (self.run / "go-on").touch()
         return time.monotonic()
 
     def resumed(self) -> list[int]:

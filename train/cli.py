@@ -55,6 +55,7 @@ def train_command(
     """Pretrain under DeepSpeed. Run the same command again to continue from the last checkpoint.
 
     Exit code 75: stopped by a signal, after saving; 76: a rank hung or died. Both: run the same command again.
+    One run at a time in a directory: a second command there ends with 2.
     70: the run is unhealthy; 74: a checkpoint could not be written.
 
     [bold]Examples[/]
@@ -76,7 +77,7 @@ def train_command(
 
     from rich.console import Console
 
-    from tinyllama import checkpoint
+    from tinyllama import checkpoint, locks
     from tinyllama.errors import ConfigError
     from train import accelerators, profiling, start
     from train import launch as launching
@@ -84,6 +85,7 @@ def train_command(
     from train.nodes import Nodes
     from train.recipe import load_recipe
     from train.state import refuse_other_run
+    from train.terminal import Lasting
 
     if eval_every is not None:
         setting = [*setting, f"evaluation.every_steps={eval_every}"]
@@ -121,6 +123,13 @@ def train_command(
     ranks = several.ranks if several else num_accelerators
     if ranks is not None and hostfile is None:
         planning.resolve_deepspeed(raw, wanted, ranks)
+    # From here on nobody else writes the run directory, which every rank will.
+    job = "tinyllama train" + (f" --master {several.master}:{several.port}" if several else "")
+    lock = None
+    if several is None or several.rank == 0:
+        lock = context.with_resource(locks.held(locks.inside(output), output, job))
+    else:
+        locks.refuse_another(locks.inside(output), output, job)
     mixture = planning.open_mixture(wanted, data)
     resumed = checkpoint.list_checkpoints(output)[-1:] if resume != "never" else []
     if init_from and not resumed:
@@ -151,7 +160,9 @@ def train_command(
         arguments = ["--hostfile", str(hostfile)] if hostfile else []
         arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
         command = launching.runner_command([*shlex.split(launcher), *arguments])
-    sys.exit(launching.launch(command, script))
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Lasting(getattr(sys, name)))
+    sys.exit(launching.launch(command, script, output, lock))
 
 
 def find_nodes(nodes: int, node_rank: int | None, master: str | None, num_accelerators: int | None) -> Nodes | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,21 @@ def stack_file(run: Path, rank: int) -> Path:
     return run / "stacks" / f"rank-{rank:05d}.txt"
 
 
-def read(run: Path, rank: int) -> dict[str, Any]:
-    """The last heartbeat of a rank; empty if there is none."""
+def read(run: Path, rank: int, token: str | None = None) -> dict[str, Any]:
+    """The last heartbeat of a rank; empty if there is none, or not one of the run that `token` names."""
     try:
-        return json.loads(heartbeat_file(run, rank).read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(heartbeat_file(run, rank).read_bytes())
+    except (OSError, ValueError):
         return {}
+    whole = isinstance(found, dict) and {"rank", "pid", "host", "phase", "step", "time"} <= found.keys()
+    return found if whole and token in (None, found.get("run")) else {}
+
+
+def exit_codes(run: Path, token: str) -> list[int]:
+    """The exit codes of those ranks of a run that ended by themselves."""
+    files = sorted((run / "heartbeats").glob("rank-*.json"))
+    beats = [read(run, int(file.stem.removeprefix("rank-")), token) for file in files]
+    return [beat["code"] for beat in beats if beat.get("phase") == ENDED]
 
 
 class Heartbeat:
@@ -49,12 +59,14 @@ class Heartbeat:
 
     def __init__(self, run: Path, rank: int) -> None:
         self.run, self.rank, self.step = run, rank, 0
-        self.pauses: dict[tuple[str, int], float] = {}  # phase and step to seconds; see train/injection.py
+        self.pauses: dict[tuple[str, int], Callable[[], None]] = {}  # by phase and step; see train/injection.py
+        self.token = ""
         self._descriptor: int | None = None
-        self._fixed = {"rank": rank, "pid": os.getpid(), "host": platform.node()}
+        self._fixed: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": platform.node()}
 
-    def start(self) -> None:
-        """Create the file. Before this a beat is nothing: a mistake in the input leaves no run directory."""
+    def start(self, token: str) -> None:
+        """Create the file, of the run that `token` names. Before this a beat is nothing."""
+        self.token = self._fixed["run"] = token
         path = heartbeat_file(self.run, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         stack_file(self.run, self.rank).unlink(missing_ok=True)  # of a run before this one
@@ -66,26 +78,40 @@ class Heartbeat:
             return
         text = json.dumps({"phase": phase, "step": self.step, "time": round(time.time(), 3), **self._fixed, **more})
         os.pwrite(self._descriptor, text.ljust(BYTES - 1).encode() + b"\n", 0)
-        if self.pauses:
-            time.sleep(self.pauses.pop((phase, self.step), 0.0))
+        if self.pauses and (pause := self.pauses.pop((phase, self.step), None)):
+            pause()
 
     def speaks(self) -> bool:
         """Whether this rank tells what went wrong: rank 0, or one that meets it without rank 0."""
         if self.rank == 0 or self._descriptor is None:
             return self.rank == 0
         time.sleep(GRACE_S / 2)
-        return read(self.run, 0).get("phase") != ENDED
+        return read(self.run, 0, self.token).get("phase") != ENDED
 
     def end(self, code: int) -> None:
         """The last one: this rank ends by itself."""
         self(ENDED, code=code)
 
 
-class Watchdog:
-    """A thread that ends a run that does not move. `limit_s` may be changed while it runs."""
+def code_of_a_peer(run: Path, rank: int, ranks: int, token: str) -> int | None:
+    """The exit code of another rank that has ended by itself, waiting a little for it; None if none has."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        beats = [read(run, other, token) for other in range(ranks) if other != rank]
+        codes = [beat["code"] for beat in beats if beat.get("phase") == ENDED and beat["code"] != 0]
+        if codes or time.monotonic() > deadline:
+            return codes[0] if codes else None
+        time.sleep(INTERVAL_S / 5)
 
-    def __init__(self, run: Path, rank: int, ranks: int, limit_s: float) -> None:
-        self.run, self.rank, self.limit_s = run, rank, limit_s
+
+class Watchdog:
+    """A thread that ends a run that does not move. `limit_s` may be changed while it runs.
+
+    token: of the run; files that another run has left, or writes, are not looked at.
+    """
+
+    def __init__(self, run: Path, rank: int, ranks: int, limit_s: float, token: str) -> None:
+        self.run, self.rank, self.limit_s, self.token = run, rank, limit_s, token
         self._seen: list[dict[str, Any]] = [{} for _ in range(ranks)]
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -97,7 +123,7 @@ class Watchdog:
             idle_s += min(time.monotonic() - last, 2 * INTERVAL_S)
             last = time.monotonic()
             now = [
-                (read(self.run, rank) or seen) if self._is_looked_at(seen, idle_s) else seen
+                (read(self.run, rank, self.token) or seen) if self._is_looked_at(seen, idle_s) else seen
                 for rank, seen in enumerate(self._seen)
             ]
             if now != self._seen:
@@ -108,7 +134,7 @@ class Watchdog:
             if ended is not None and ended["code"] not in (0, 75):
                 # Its reason is the run's; a rank that waits for it would hide that behind a timeout of its own.
                 time.sleep(GRACE_S)
-                if read(self.run, self.rank).get("phase") != ENDED:
+                if read(self.run, self.rank, self.token).get("phase") != ENDED:
                     self._dump(f"rank {ended['rank']} has ended with exit code {ended['code']}")
                     os._exit(ended["code"])
             gone = next((beat for beat in now if _is_gone(beat)), None)
@@ -128,7 +154,7 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         self._dump(why)
-        if self.rank == min(beat["rank"] for beat in self._seen if beat and not _is_gone(beat)):
+        if self.rank == min((beat["rank"] for beat in self._seen if beat and not _is_gone(beat)), default=self.rank):
             print(f"error: {why}; stacks in {self.run / 'stacks'}", file=sys.stderr, flush=True)
         time.sleep(GRACE_S)
         here = [beat for beat in self._seen if beat and beat["host"] == platform.node() and not _is_gone(beat)]

@@ -1,18 +1,20 @@
-"""Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,oom@0,pause=forward@6`.
+"""Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,oom@0,hold=forward@6`.
 
-The number is that of the batch (of the step, for a pause). Without the option nothing here does anything.
+The number is that of the batch (of the step, for a hold). A rank that is held waits in the phase, from its beginning, until
+RUN/go-on is there, and says so by RUN/held-RANK. Without the option nothing here does anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 from tinyllama.errors import ConfigError
 from train.heartbeat import Heartbeat
 
 LOSS_FACTORS = {"nan": math.nan, "inf": math.inf, "spike": 3.0}
-PAUSE_S = 1.0
+HOLD_S = 120.0  # at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Injection:
 
     factors: dict[int, float]
     frozen_from: int | None
-    pauses: dict[tuple[str, int], float]
+    holds: tuple[tuple[str, int], ...]
     out_of_memory: int | None = None
 
     def loss_factor(self, batch: int) -> float:
@@ -37,20 +39,25 @@ class Injection:
         return 1.0 if self.frozen_from is None or batch < self.frozen_from else 0.0
 
     def attach(self, beat: Heartbeat) -> None:
-        """Pauses are taken where the phase begins."""
-        beat.pauses.update(self.pauses)
+        """Ranks are held where the phase begins."""
+
+        def wait() -> None:
+            (beat.run / f"held-{beat.rank}").touch()
+            deadline = time.monotonic() + HOLD_S
+            while not (beat.run / "go-on").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        beat.pauses.update(dict.fromkeys(self.holds, wait))
 
 
 def parse(text: str) -> Injection:
     """The faults in a comma-separated list; ConfigError on anything else."""
-    factors, frozen_from, pauses, out_of_memory = {}, None, {}, None
+    factors, frozen_from, holds, out_of_memory = {}, None, [], None
     for fault in filter(None, text.split(",")):
         name, _, number = fault.partition("@")
         kind, _, phase = name.partition("=")
-        if not number.isdecimal() or kind not in (*LOSS_FACTORS, "frozen", "oom", "pause"):
-            raise ConfigError(
-                f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or pause=forward@7"
-            )
+        if not number.isdecimal() or kind not in (*LOSS_FACTORS, "frozen", "oom", "hold"):
+            raise ConfigError(f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or hold=forward@7")
         if kind in LOSS_FACTORS:
             factors[int(number)] = LOSS_FACTORS[kind]
         elif kind == "frozen":
@@ -58,5 +65,5 @@ def parse(text: str) -> Injection:
         elif kind == "oom":
             out_of_memory = int(number)
         else:
-            pauses[phase, int(number)] = PAUSE_S
-    return Injection(factors, frozen_from, pauses, out_of_memory)
+            holds.append((phase, int(number)))
+    return Injection(factors, frozen_from, tuple(holds), out_of_memory)

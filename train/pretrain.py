@@ -7,8 +7,8 @@ Exit codes, for a supervisor:
     2   a mistake in the input: correct it
     70  the run is unhealthy (a loss or gradient that is not finite, spike upon spike, weights that do not move)
     74  a checkpoint, or metrics, could not be written (a full disk): make room; the checkpoints before it stand
-    75  stopped by a signal, after saving: run the same command again
-    76  a rank hung or died, the stacks are in RUN/stacks: run the same command again
+    75  stopped by a signal, after saving what there was to save: run the same command again
+    76  a rank hung or died, here or on another machine; the stacks are in RUN/stacks: run the same command again
     1   any other failure
 """
 
@@ -32,7 +32,13 @@ _HERE = Path(__file__).resolve().parent
 # The launcher puts this file's folder first on the path, where our module names would hide installed packages.
 sys.path[:] = [str(_HERE.parent)] + [p for p in sys.path if Path(p or ".").resolve() not in (_HERE, _HERE.parent)]
 
-from tinyllama import host_memory  # noqa: E402
+from train.stopping import BEFORE, STOPPED_BY_SIGNAL, Stop, launchers_above, say  # noqa: E402
+
+STOP = Stop()
+if __name__ == "__main__":
+    STOP.install()  # before what takes long to import
+
+from tinyllama import host_memory, locks, processes  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
 from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
@@ -44,14 +50,21 @@ from train.determinism import make_deterministic  # noqa: E402
 from train.distributed import init_distributed  # noqa: E402
 from train.feed import Feed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
-from train.heartbeat import Heartbeat, Watchdog  # noqa: E402
+from train.heartbeat import GRACE_S, HUNG, Heartbeat, Watchdog, code_of_a_peer, stack_file  # noqa: E402
 from train.injection import parse as parse_injection  # noqa: E402
 from train.metrics import take_monitors  # noqa: E402
 from train.recipe import Recipe, load_recipe  # noqa: E402
-from train.saver import SaveError, Saver  # noqa: E402
+from train.saver import SaveError, Saver, clear_partial  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
+from train.terminal import Lasting  # noqa: E402
 
-UNHEALTHY, SAVE_FAILED, STOPPED_BY_SIGNAL = 70, 74, 75  # EX_SOFTWARE, EX_IOERR, EX_TEMPFAIL; and heartbeat.HUNG
+UNHEALTHY, SAVE_FAILED = 70, 74  # EX_SOFTWARE, EX_IOERR; and STOPPED_BY_SIGNAL, heartbeat.HUNG
+# What gloo, NCCL and torch's store say when another process has gone.
+LOST_CONNECTION = (
+    *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout"),
+    *("remote process exited", "connection was likely closed", "failed to recv", "failed to send", "timed out after"),
+    *("client socket has timed out", "timed out waiting", "wait timeout", "eaddrinuse"),
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,8 +80,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", nargs="?", const=profiling.DEFAULT, metavar="FIRST:COUNT", help=profiling.HELP)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--inject", default="", help=argparse.SUPPRESS)  # faults: see train/injection.py
+    parser.add_argument("--lock", metavar="TOKEN", help=argparse.SUPPRESS)  # the launcher holds the run directory
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def hold_directory(output: Path, token: str | None) -> str:
+    """Rank 0: make sure that this run alone writes its directory. Returns what names the run to all who look at it.
+
+    token: the launcher's lock, under which this rank works; without one (plain `deepspeed`) the rank takes the lock.
+    """
+    path = locks.inside(output)
+    if token is None:
+        return locks.take(path, output, "train/pretrain.py").token
+    if (record := locks.read(path)).get("token") != token:
+        raise ConfigError(f"{output} has been taken by {record.get('command')}", fix="start one run in a directory")
+    return token
 
 
 def find_tokenizer(given: str | None, data: str, mixture: Mixture) -> Path | None:
@@ -118,6 +145,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 0)))  # 0: not said
     ranks_per_node = local_size or ranks
+    token = hold_directory(output, arguments.lock) if rank == 0 else ""
     deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node)
     mixture = planning.open_mixture(recipe, arguments.data)
     tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
@@ -171,9 +199,11 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     init_distributed(deepspeed_config)
     # Signals and small flags travel apart from the GPU's work, so that they never wait for it.
     control = dist.new_group(backend="gloo")
-    beat.start()
-    dist.barrier(group=control)  # a watchdog must not read the heartbeats of a run before this one
-    watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s)
+    named = [token]
+    dist.broadcast_object_list(named, group=control)
+    beat.start(named[0])
+    dist.barrier(group=control)
+    watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s, beat.token)
     injection.attach(beat)
     free = memory.free_bytes(device, control)
 
@@ -196,6 +226,8 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         "git": saved.commit() if rank == 0 else {},
     }
     found = None
+    if rank == 0:
+        clear_partial(output)
     if arguments.resume != "never":
         # Rank 0 reads every byte for the checksums; the others take its word.
         chosen = [saved.newest_valid(output, lambda text: print(text, file=sys.stderr)) if rank == 0 else None]
@@ -293,12 +325,13 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "versions": state["versions"],
             "git": state["git"],
         }
-        (output / "config.partial").write_text(json.dumps(resolved, indent=2) + "\n")
-        os.replace(output / "config.partial", output / "config.json")
         metrics = MetricsFile(output / "metrics.jsonl", state["step"])
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        started = {"at": now, "ranks": ranks, "device": resolved["device"]}
-        metrics.write({"step": state["step"], "tokens": state["tokens"], "started": started})
+        if state["step"] < total_steps:  # a finished run that is asked for again is no restart
+            (output / "config.partial").write_text(json.dumps(resolved, indent=2) + "\n")
+            os.replace(output / "config.partial", output / "config.json")
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            started = {"at": now, "ranks": ranks, "device": resolved["device"]}
+            metrics.write({"step": state["step"], "tokens": state["tokens"], "started": started})
         ledger = SpikeLedger(output / "spikes.jsonl", state["spikes"])
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
@@ -315,11 +348,6 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         else "starting from new weights"
     )
     console.print(f"[green]resumed[/] from {escape(str(found[0]))}" if found else began)
-
-    # -- Signals: remember, finish the step, save, leave ------------------------------------------------------------
-    signalled: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda number, _: signalled.append(number))
 
     guard = LossGuard(recipe.health, device, state["loss_window"], state["spikes"])
     frozen = FrozenWeights(recipe.health.frozen_after_steps)
@@ -388,6 +416,14 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         if metrics:
             metrics.close()
             metrics = MetricsFile(output / "metrics.jsonl", state["step"])
+
+    # -- Signals, from now on: remember, finish the step, save, leave -----------------------------------------------
+    STOP.hold()
+    begun = torch.tensor([bool(STOP.received)], dtype=torch.int32)
+    dist.all_reduce(begun, op=dist.ReduceOp.MAX, group=control)
+    if begun.item():
+        console.print(BEFORE)
+        return STOPPED_BY_SIGNAL
 
     # -- The loop ---------------------------------------------------------------------------------------------------
     engine.train()
@@ -492,7 +528,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
         # -- Stop, save: what one rank has met, all act on ----------------------------------------------------------
         beat("control")
-        met = torch.tensor([bool(signalled), saver.failed, stands_still], dtype=torch.int32)
+        met = torch.tensor([bool(STOP.received), saver.failed, stands_still], dtype=torch.int32)
         dist.all_reduce(met, op=dist.ReduceOp.MAX, group=control)
         stopping, save_failed, stands_still = map(bool, met.tolist())
         if stands_still:
@@ -540,17 +576,71 @@ def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print_error(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
             return SAVE_FAILED
+        if is_lost_connection(error) and (code := without_a_peer(error, beat)) is not None:
+            return code
         traceback.print_exc()
         return 1
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exchange between ranks failed because another is not there any more, as far as the text says."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in LOST_CONNECTION)
+
+
+def without_a_peer(error: Exception, beat: Heartbeat) -> int | None:
+    """The exit code of a rank whose exchange with the others failed: the reason that another gave, else that it is gone.
+
+    None where there are no others.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return None
+    if beat.token:
+        code = code_of_a_peer(beat.run, beat.rank, ranks, beat.token)
+        if code is not None:
+            return code
+    else:
+        time.sleep(GRACE_S)  # the launcher ends this rank meanwhile, if one of this machine has met a mistake
+    stacks = stack_file(beat.run, beat.rank)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not stacks.exists():  # the watchdog has not said it
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print_error(f"a rank is gone, here or on another machine ({lines[0][:200]}); run the same command again")
+    if beat.token:
+        with contextlib.suppress(OSError), open(stacks, "a") as stream:
+            traceback.print_exception(error, file=stream)
+    return HUNG
+
+
+def begin(beat: Heartbeat) -> None:
+    """What ends this rank, from here on: a signal, the death of its launcher, the death of the launcher's own."""
+
+    def last_words() -> None:
+        if beat.token and beat.rank == 0:
+            print_error(BEFORE)
+        else:
+            say()
+        locks.give_back_all()
+        beat.end(STOPPED_BY_SIGNAL)
+
+    STOP.last_words = last_words
+    if "RANK" in os.environ:  # started by a launcher
+        processes.die_with_parent(os.getppid())
+        for pid in launchers_above(Path(__file__).name):
+            processes.watch(pid, lambda: STOP.note(signal.SIGHUP))
 
 
 if __name__ == "__main__":
     given = parse_arguments()
     heartbeat = Heartbeat(Path(given.output), int(os.environ.get("RANK", 0)))
+    begin(heartbeat)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Lasting(getattr(sys, name)))
     code = main(given, heartbeat)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
     heartbeat.end(code)
+    locks.give_back_all()
     # Gloo's threads can abort a process that ends in order after its peers; everything is on disk by now.
     os._exit(code)

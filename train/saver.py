@@ -8,6 +8,7 @@ the run and a signal wait for the last save. What goes wrong in a thread is rais
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama import checkpoint
 from tinyllama.data.store import file_sha256
+from tinyllama.errors import CheckpointError
 from train import generators
 from train import state as saved
 from train.host_buffers import HostBuffers
@@ -31,12 +33,33 @@ if TYPE_CHECKING:
     from train.recipe import CheckpointConfig
 
 
+PARTIAL, REPLACED = "partial-", "partial-replaced-"
+
+
 class SaveError(Exception):
     """A checkpoint could not be written; those before it stand. `here`: by this rank."""
 
     def __init__(self, text: str, here: bool) -> None:
         super().__init__(text)
         self.here = here
+
+
+def clear_partial(run: Path) -> None:
+    """Remove what saves that were killed have left. Only where no other process writes this run.
+
+    A checkpoint that was being replaced when its run was killed gets its name back: the new one if whole, else the old.
+    """
+    folder = run / "checkpoints"
+    for old in folder.glob(f"{REPLACED}step-*"):
+        final = folder / old.name.removeprefix(REPLACED)
+        new = folder / f"{PARTIAL}{final.name}"
+        if not final.exists():
+            with contextlib.suppress(CheckpointError):
+                checkpoint.verify(new)
+                old = new
+            os.replace(old, final)
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoints_to_come(config: CheckpointConfig, step: int, total_steps: int, existing: int) -> int:
@@ -92,7 +115,7 @@ class Saver:
         began = time.perf_counter()
         self.wait()
         final = self.run / "checkpoints" / checkpoint.step_name(state["step"])
-        partial = self._partial = final.with_name(f"partial-{final.name}")
+        partial = self._partial = final.with_name(f"{PARTIAL}{final.name}")
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -227,7 +250,7 @@ class Saver:
         for step, old in checkpoint.list_checkpoints(self.run)[: -self.config.keep_last]:
             if every is None or step % every:
                 # A folder that loses its final name first is never half of a checkpoint.
-                doomed = old.with_name(f"partial-{old.name}")
+                doomed = old.with_name(f"{PARTIAL}{old.name}")
                 os.replace(old, doomed)
                 shutil.rmtree(doomed)
 
@@ -247,7 +270,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    replaced = final.with_name(f"partial-replaced-{final.name}")
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again, after a resume from an older checkpoint
         os.replace(final, replaced)

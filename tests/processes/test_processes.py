@@ -7,11 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, members, until
 
 from tinyllama import processes
 from tinyllama.processes import Owner
@@ -33,27 +31,6 @@ with guarded() as environment:
     subprocess.Popen([sys.executable, "-S", "-c", {FAMILY!r}], env=environment)
     time.sleep(600)
 """
-
-
-def members(mark: str) -> list[int]:
-    """Processes that run with this word in their environment."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if mark.encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                pass
-    return found
-
-
-def until(condition, seconds: float = 30) -> bool:
-    """Whether it came true in time."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, settings, tinyllama, train
+from conftest import ROOT, members, settings, tinyllama, train, until
 
 from tinyllama import checkpoint
 from tinyllama.data.loader import HeldOut, Mixture, Source
@@ -140,10 +140,13 @@ def test_validation_is_the_mean_over_all_ranks(finished_run, stores):
         assert logged[name]["bits_per_byte"] == pytest.approx(logged[name]["loss"] / math.log(2) * ratio)
 
 
-def start(stores: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+def start(stores: Path, run: Path, *more: str, extra: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tinyllama", "train", "--recipe", "demo", "--data", str(stores)]
-    command += ["--output", str(run), "--num-accelerators", "2", *settings(*more)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command += ["--output", str(run), "--num-accelerators", "2", *settings(*more), *extra]
+    environment = {**os.environ, "HERE": str(run)}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -156,41 +159,84 @@ def wait_for_step(run: Path, step: int) -> None:
     raise AssertionError(f"{run} did not reach step {step}")
 
 
+def wait_until_held(run: Path, process: subprocess.Popen[str]) -> None:
+    """Until both ranks wait where `--inject hold=...` has them wait."""
+    while not all((run / f"held-{rank}").exists() for rank in (0, 1)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def refused(stores: Path, run: Path, *more: str) -> None:
+    """Every way to start a second run where one trains is one line, and touches nothing."""
+    before = content(run)
+    told = [f"error: {run} is in use by tinyllama train (pid "]
+    for resume in ("auto", "never"):
+        done = train(stores, run, *more, extra=("--resume", resume), check=False)
+        assert done.returncode == 2
+        assert [line[: len(told[0])] for line in done.stderr.splitlines()] == told
+    tinyllama("train", "--dry-run", "--output", run)
+    plain = [
+        sys.executable,
+        str(ROOT / "train" / "pretrain.py"),
+        "--deepspeed",
+        str(ROOT / "ds_configs" / "zero3.json"),
+    ]
+    plain += ["--recipe", "demo", "--data", str(stores), "--output", str(run)]
+    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run(plain, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert [line[: len(told[0])] for line in done.stderr.splitlines()] == told
+    assert content(run) == before
+
+
 def test_killed_and_interrupted_runs_end_with_the_same_weights_bit_for_bit(stores, tmp_path):
-    more = ["training.tokens=30720"]  # 40 steps
+    more = ["training.tokens=15360"]  # 20 steps
     train(stores, tmp_path / "whole", *more)
     run = tmp_path / "broken"
 
-    process = start(stores, run, *more)
-    wait_for_step(run, 8)
+    process = start(stores, run, *more, extra=("--inject", "hold=forward@7"))
+    wait_until_held(run, process)
     # DeepSpeed never removes its shared buffers, 66 MiB a rank: mapped without a name, they go with the process.
     for pid in ranks_below(process.pid):
         shared = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "deepspeed_allreduce" in line]
         assert len(shared) == 2
         assert all(line.endswith("(deleted)") for line in shared)
-    ranks = subprocess.run(["pkill", "-KILL", "-f", f"pretrain.py.*{run}"], check=False).returncode
-    assert ranks == 0
-    process.communicate(timeout=120)
-    assert process.returncode not in (0, 75)
+    refused(stores, run, *more)
+    assert len(members(f"HERE={run}")) == 5  # the command, its guardian, DeepSpeed's launcher, two ranks
+    process.kill()
+    process.communicate()
+    assert until(lambda: not members(f"HERE={run}"))
     before = checkpoint.list_checkpoints(run)
-    assert before
+    assert before[-1][0] == 6
+    (run / "checkpoints" / "partial-step-00000007").mkdir()
+    for rank in (0, 1):
+        (run / f"held-{rank}").unlink()
 
-    process = start(stores, run, *more)
-    wait_for_step(run, 14)
-    process.send_signal(signal.SIGUSR1)  # as Slurm warns; SIGTERM in test_slurm, Ctrl-C in test_demo
+    process = start(stores, run, *more, extra=("--inject", "hold=forward@10"))
+    wait_until_held(run, process)
+    process.send_signal(
+        signal.SIGHUP
+    )  # SIGUSR1 and others in test_stopping, SIGTERM in test_slurm, Ctrl-C in test_demo
+    (run / "go-on").touch()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "resumed from" in output
     assert "stopped by a signal" in output
-    stopped_at = checkpoint.list_checkpoints(run)[-1][0]
-    assert stopped_at < 40
+    assert checkpoint.list_checkpoints(run)[-1][0] == 11
+    assert not list((run / "checkpoints").glob("partial-*"))
 
     train(stores, run, *more, extra=("--resume", "must"))
+    train(stores, run, *more)  # nothing to do
     assert losses(run) == losses(tmp_path / "whole")
     started = [entry["step"] for entry in metrics(run) if "started" in entry]
-    assert started == [0, before[-1][0], stopped_at]
+    assert started == [0, 6, 11]
     whole, broken = (weights(checkpoint.resolve(r)) for r in (tmp_path / "whole", run))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert not (run / ".lock").exists()
 
 
 def test_a_compiler_killed_in_a_run_before_does_not_hold_up_this_one():

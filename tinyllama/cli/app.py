@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from tinyllama import __version__
 from tinyllama.errors import MissingExtraError, UserError
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as of shells
+if TYPE_CHECKING:
+    import typer
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as of shells; after another signal 128 and its number
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one stops `train` alone
+AGAIN = 75  # of `train`, whatever stopped it: run the same command again
 COMMANDS = {
     "train": ("train.cli", "train_command"),
     "export": ("tinyllama.cli.export", "export_command"),
@@ -55,6 +59,8 @@ EXAMPLES = """[bold]From text to tokens per second[/]
 
 
 def _version(wanted: bool) -> None:
+    import typer
+
     if wanted:
         typer.echo(f"tinyllama {__version__}")
         raise typer.Exit
@@ -62,6 +68,8 @@ def _version(wanted: bool) -> None:
 
 def build() -> typer.Typer:
     """The whole command line."""
+    import typer
+
     app = typer.Typer(
         name="tinyllama",
         help="Pretrain a ~1B Llama on far more tokens than compute-optimal, prove what it can do, know what it costs.",
@@ -74,9 +82,7 @@ def build() -> typer.Typer:
 
     @app.callback()
     def root(
-        version: Annotated[
-            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-        ] = False,
+        version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
     ) -> None:
         pass
 
@@ -101,13 +107,42 @@ def print_error(text: str) -> None:
         Console(stderr=True, soft_wrap=True).print(line)
 
 
-def _interrupted() -> None:
+def _stop_in_order(train: bool) -> list[int]:
+    """Have SIGTERM, and the end of the terminal, unwind the stack as Ctrl-C does; the first one's number is in the list.
+
+    train: leave at once instead, with the exit code that has a supervisor start the command again. Nothing is to be saved
+    until it has launched its ranks, and takes the signals over.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # a second one would meet the clean-up of the first
+        if not train:
+            raise KeyboardInterrupt
+        print_error("stopped by a signal before the first step; run the same command again")
+        if locks := sys.modules.get("tinyllama.locks"):
+            locks.give_back_all()
+        os._exit(AGAIN)
+
+    wanted = STOPPING if train else STOPPING[:-1]
+    numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, or by `&`
+    for number in numbers:
+        signal.signal(number, stop)
+    return received
+
+
+def _interrupted(received: list[int]) -> None:
     print_error("interrupted; what was finished is kept, run the same command again to continue")
-    sys.exit(INTERRUPTED)
+    sys.exit(128 + received[0] if received else INTERRUPTED)
 
 
 def main() -> None:
     """Entry point of the `tinyllama` script."""
+    train = sys.argv[1:2] == ["train"] and "--dry-run" not in sys.argv
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    received = _stop_in_order(train)
     try:
         build()()
     except UserError as error:
@@ -120,12 +155,15 @@ def main() -> None:
                 sys.exit(2)
         raise
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted(received)
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
-        _interrupted()  # typer has made an exit of the interrupt
+        _interrupted(received)  # typer has made an exit of the interrupt
     except BrokenPipeError:
         # The reader (`head`, say) has gone: nothing to tell anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if train else handler)  # the exit code of a run stands

@@ -1,0 +1,146 @@
+"""One command at a time where something is written: at the same instant, after a kill, and from other machines."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from tinyllama import locks
+from tinyllama.processes import Owner
+
+
+def compete(folder: Path, barrier, ended, results) -> None:
+    barrier.wait()
+    try:
+        with locks.held(locks.inside(folder), folder, "one of many"):
+            results.put("won")
+            ended.wait()
+    except locks.InUseError as error:
+        results.put(str(error))
+
+
+def test_of_several_at_the_same_instant_one_wins(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for attempt in range(3):
+        folder = tmp_path / str(attempt) / "run"
+        barrier, ended, results = context.Barrier(5), context.Event(), context.Queue()
+        some = [context.Process(target=compete, args=(folder, barrier, ended, results)) for _ in range(5)]
+        for process in some:
+            process.start()
+        found = [results.get(timeout=60) for _ in some]
+        ended.set()
+        for process in some:
+            process.join()
+        assert found.count("won") == 1
+        assert all(word == "won" or word.startswith(f"{folder} is in use by one of many (pid ") for word in found)
+        assert not folder.exists()  # made for the lock alone
+
+
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from tinyllama import locks
+lock = locks.take(locks.inside(Path(sys.argv[1])), Path(sys.argv[1]), "the holder")
+if len(sys.argv) > 2:
+    subprocess.Popen(["sleep", sys.argv[2]], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
+print(1, flush=True)
+time.sleep(600)
+"""
+
+
+def holder(folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLDER, str(folder), *more]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    return process
+
+
+def test_a_lock_falls_with_its_process_and_with_those_that_it_was_given_to(tmp_path, monkeypatch):
+    process = holder(tmp_path)
+    with pytest.raises(locks.InUseError, match=rf"in use by the holder \(pid {process.pid} on .*kill {process.pid}"):
+        locks.take(locks.inside(tmp_path), tmp_path, "another")
+    process.kill()
+    process.wait()
+    lock = locks.take(locks.inside(tmp_path), tmp_path, "another")  # over the dead one's record
+    assert lock.is_ours()
+    lock.close()
+    lock.close()
+    assert list(tmp_path.iterdir()) == []
+    # A process of the holder lives for some time yet: it is waited for, but not for ever.
+    process = holder(tmp_path, "2")
+    process.kill()
+    process.wait()
+    locks.take(locks.inside(tmp_path), tmp_path, "another").close()
+    monkeypatch.setattr(locks, "ENDING_S", 0.2)
+    process = holder(tmp_path, "30")
+    process.kill()
+    process.wait()
+    with pytest.raises(locks.InUseError, match="the holder"):
+        locks.take(locks.inside(tmp_path), tmp_path, "another")
+
+
+def write(path: Path, **changes: object) -> dict:
+    record = {**vars(Owner.this()), "token": "theirs", "command": "theirs", "beat": 0, **changes}
+    path.write_text(json.dumps(record))
+    return record
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b'{"pid": "x"}', b"\xff"])
+def test_a_file_that_says_nothing_is_nobodys(tmp_path, record):
+    locks.inside(tmp_path).write_bytes(record)
+    locks.take(locks.inside(tmp_path), tmp_path, "ours").close()
+
+
+def test_another_machine_is_believed_as_long_as_its_record_is_renewed(tmp_path, monkeypatch):
+    """On a file system where flock says nothing of other machines."""
+    path = locks.inside(tmp_path)
+    monkeypatch.setattr(locks, "_is_local", lambda path: False)
+    monkeypatch.setattr(locks, "STALE_S", 0.4)
+    monkeypatch.setattr(locks, "SETTLE_S", 0.1)
+    write(path, pid=1, boot="before")
+    locks.take(path, tmp_path, "ours").close()  # this machine has started anew since
+    write(path, host="elsewhere")
+    locks.take(path, tmp_path, "ours").close()
+    write(path, host="elsewhere")
+    looked = threading.Event()
+    read = locks.read
+
+    def renewed(at: Path) -> dict:
+        found = read(at)
+        if looked.is_set():
+            write(at, host="elsewhere", beat=found["beat"] + 1)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(locks, "read", renewed)
+    with pytest.raises(locks.InUseError, match="in use by theirs"):
+        locks.take(path, tmp_path, "ours")
+
+
+def test_of_two_machines_at_the_same_moment_the_last_writer_has_it(tmp_path, monkeypatch):
+    path = locks.inside(tmp_path)
+    monkeypatch.setattr(locks, "_is_local", lambda path: False)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: write(path, host="elsewhere"))
+    with pytest.raises(locks.InUseError, match="theirs"):
+        locks.take(path, tmp_path, "ours")
+    monkeypatch.undo()
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def test_what_cannot_be_locked_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(locks.UserError, match=r"writing .*file.* failed"):
+        locks.take(locks.inside(tmp_path / "file"), tmp_path / "file", "ours")
+
+
+def test_the_file_system_is_told_by_its_mount():
+    assert locks._is_local(Path("/dev/shm/x")) or not os.path.ismount("/dev/shm")
+    assert not locks._is_local(Path("/proc/x"))

@@ -1,0 +1,148 @@
+"""A run that is asked to stop while it starts: 75 at every moment, and nothing left. Held where the signal is to come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, members, settings, until
+
+from train import heartbeat
+from train.launch import exit_code
+
+# Runs in each Python of the family. HOLD: who|event|text; the first such event is waited in.
+HOLD = """
+import os, sys, time
+
+who, event, text = os.environ["HOLD"].split("|")
+role = f"rank {os.environ['RANK']}" if "RANK" in os.environ else "command"
+if "deepspeed.launcher.launch" in sys.orig_argv and role == "command":
+    role = "launcher"
+waited = [role != who]
+
+def at(name, arguments):
+    if not waited[0] and name == event and any(text in str(argument) for argument in arguments):
+        waited[0] = True
+        open(os.environ["HELD"], "w").close()
+        while not os.path.exists(os.environ["HELD"] + ".go-on"):
+            time.sleep(0.02)
+
+sys.addaudithook(at)
+"""
+MOMENTS = [
+    ("command|import|typer", signal.SIGTERM),
+    ("command|open|manifest.json", signal.SIGHUP),
+    ("command|subprocess.Popen|deepspeed.launcher.launch", signal.SIGUSR1),
+    ("launcher|import|deepspeed", signal.SIGTERM),
+    ("rank 1|import|torch", signal.SIGINT),
+]
+MORE = [
+    ("command|import|train.recipe", signal.SIGINT),
+    ("command|subprocess.Popen|sys.stdin", signal.SIGUSR1),  # the guardian
+    ("rank 0|import|numpy", signal.SIGTERM),
+    ("rank 0|import|deepspeed", signal.SIGTERM),
+    ("rank 1|open|in-use", signal.SIGINT),  # operators are compiled or loaded
+    ("rank 0|import|train.validation", signal.SIGHUP),
+    ("rank 0|open|heartbeats/rank-00000", signal.SIGTERM),
+    ("rank 1|open|heartbeats/rank-00001", signal.SIGTERM),
+    ("rank 0|open|config.partial", signal.SIGTERM),
+    ("rank 0|open|spikes.jsonl", signal.SIGINT),
+]
+
+
+def held(run: Path, stores: Path, tmp_path: Path, where: str, plain: bool = False) -> subprocess.Popen[str]:
+    """A run that has come to this moment."""
+    (tmp_path / "sitecustomize.py").write_text(HOLD)
+    path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
+    more = {"PYTHONPATH": path, "HOLD": where, "HELD": str(tmp_path / "held"), "HERE": str(run), "COLUMNS": "200"}
+    ranks = ["--num_gpus", "2"] if plain else ["--num-accelerators", "2"]
+    arguments = ["--recipe", "demo", "--data", str(stores), "--output", str(run), *settings("training.tokens=3840")]
+    command = [sys.executable, "-m", "tinyllama", "train", *arguments, *ranks]
+    if plain:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", *ranks]
+        command += [
+            str(ROOT / "train" / "pretrain.py"),
+            "--deepspeed",
+            str(ROOT / "ds_configs" / "zero3.json"),
+            *arguments,
+        ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert until(lambda: (tmp_path / "held").exists() or process.poll() is not None, 240)
+    assert process.poll() is None, process.communicate()[0]
+    return process
+
+
+def expect_stopped(process: subprocess.Popen[str], run: Path) -> str:
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output
+    assert until(lambda: not members(f"HERE={run}"))
+    assert not (run / ".lock").exists()
+    return output
+
+
+@pytest.mark.parametrize(
+    ("where", "number"), [*MOMENTS, *(pytest.param(*moment, marks=pytest.mark.slow) for moment in MORE)]
+)
+def test_a_signal_while_a_run_starts_ends_it_with_75(where, number, stores, tmp_path):
+    run = tmp_path / "run"
+    process = held(run, stores, tmp_path, where)
+    process.send_signal(number)
+    (tmp_path / "held.go-on").touch()
+    output = expect_stopped(process, run)
+    assert output.count("stopped by a signal") == 1
+    if (where, number) in MOMENTS:
+        assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rank 0|import|torch", "rank 1|import|deepspeed", "rank 0|open|config.partial"])
+def test_a_signal_to_one_rank_of_plain_deepspeed_ends_it_with_75(where, stores, tmp_path):
+    run = tmp_path / "run"
+    process = held(run, stores, tmp_path, where, plain=True)
+    rank = f"RANK={where[5]}"
+    (pid,) = set(members(f"\0{rank}\0")) & set(members(f"HERE={run}"))
+    os.kill(pid, signal.SIGTERM)
+    expect_stopped(process, run)
+
+
+@pytest.mark.slow
+def test_ranks_end_with_the_runner_of_plain_deepspeed(stores, tmp_path):
+    run = tmp_path / "run"
+    process = held(run, stores, tmp_path, "rank 0|open|spikes.jsonl", plain=True)
+    process.kill()
+    process.communicate()
+    assert until(lambda: not members(f"HERE={run}"))
+
+
+def test_the_launchers_code_becomes_the_runs():
+    # DeepSpeed's launcher ends with 1 if it is stopped itself, with 256 - N for a rank that signal N has killed.
+    for code in (0, 2, 70, 74, 75, 76):
+        assert exit_code(code, False, []) == exit_code(code, True, []) == code
+    for code in (1, -15, 241, 247, 143):
+        assert exit_code(code, True, []) == 75
+        assert exit_code(code, True, [75, 0]) == 75
+        assert exit_code(code, True, [0, 0]) == 0  # it was complete when the signal came
+        assert exit_code(code, True, [75, 74]) == 74
+    assert exit_code(1, False, [1]) == 1
+    assert exit_code(247, False, []) == exit_code(-9, False, []) == 76
+
+
+def test_beats_of_another_run_are_not_looked_at(tmp_path):
+    for rank, token in enumerate(("ours", "theirs")):
+        beat = heartbeat.Heartbeat(tmp_path, rank)
+        beat.start(token)
+        beat.end(2)
+    assert heartbeat.read(tmp_path, 0, "ours")["code"] == 2
+    assert heartbeat.read(tmp_path, 1, "ours") == {}
+    assert heartbeat.exit_codes(tmp_path, "ours") == heartbeat.exit_codes(tmp_path, "theirs") == [2]
+    assert heartbeat.code_of_a_peer(tmp_path, 1, 2, "ours") == 2
+    for content in (b"", b"[]", b"{}", b"\xff\xfe", b'{"phase": "ended", "code": 2, "run": "ours"}'):
+        heartbeat.heartbeat_file(tmp_path, 0).write_bytes(content)
+        assert heartbeat.read(tmp_path, 0, "ours") == heartbeat.read(tmp_path, 0) == {}

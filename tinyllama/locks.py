@@ -1,0 +1,236 @@
+"""One command at a time in a directory that it writes: held from its first moment, gone with its last process.
+
+The lock is flock on a small file, which falls with the process that holds it and with all to which its descriptor was
+given. The file says who holds it, for the message, and for file systems that several machines share without sharing flock:
+there the holder's record is renewed every few seconds, and one that stands still is a dead machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinyllama.data.durable import cannot_write
+from tinyllama.errors import UserError
+from tinyllama.processes import Owner
+
+BEAT_S = 5.0  # between two renewals of the record
+STALE_S = 20.0  # a record of another machine that stands still for this long is nobody's
+SETTLE_S = 1.0  # for a record to reach other machines
+ENDING_S = 20.0  # for the last processes of a holder that was killed
+NAME = ".lock"
+# flock of these is one for all who can see the file.
+LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "ramfs", "bcachefs"}
+
+
+_HELD: list[Lock] = []  # by this process
+
+
+class InUseError(UserError):
+    """Another command is writing there."""
+
+
+def inside(folder: Path) -> Path:
+    """The lock of a directory in which files come and go."""
+    return folder / NAME
+
+
+def beside(target: Path) -> Path:
+    """The lock of a file or directory that appears by one rename."""
+    return target.with_name(f".{target.name}{NAME}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Who holds a lock, or held it last; empty if nobody does."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Lock:
+    """A lock that is held. token: names this holding of it, to those who work under it. descriptor: may be given to them."""
+
+    def __init__(self, path: Path, shown: Path, command: str, descriptor: int, made: list[Path]) -> None:
+        self.path, self.token, self.descriptor = path, secrets.token_hex(8), descriptor
+        self._shown, self._made, self._closed = shown, made, threading.Event()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._record = {**dataclasses.asdict(Owner.this()), "token": self.token, "command": command, "since": since}
+        self._shared = not _is_local(path)
+        self._write(0)
+        if self._shared:
+            time.sleep(SETTLE_S)
+            if not self.is_ours():  # two machines at the same moment: the last writer has it
+                os.close(descriptor)
+                raise _in_use(shown, read(path))
+        self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
+        self._thread.start()
+        _HELD.append(self)
+
+    def _write(self, beat: int) -> None:
+        text = json.dumps({**self._record, "beat": beat}) + "\n"
+        os.ftruncate(self.descriptor, len(text.encode()))
+        os.pwrite(self.descriptor, text.encode(), 0)
+        os.fsync(self.descriptor)
+
+    def is_ours(self) -> bool:
+        """Whether the record is still this one."""
+        return read(self.path).get("token") == self.token
+
+    def _renew(self) -> None:
+        beat = 0
+        while not self._closed.wait(BEAT_S):
+            beat += 1
+            with contextlib.suppress(OSError):
+                if not self._shared or self.is_ours():
+                    self._write(beat)
+
+    def close(self) -> None:
+        """Give the lock back, with the file and the folders that were made for it and are empty still."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        _HELD.remove(self)
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self.is_ours():
+                self.path.unlink()
+        os.close(self.descriptor)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def take(path: Path, shown: Path, command: str) -> Lock:
+    """Hold the lock `path` of `shown`, which `command` will write. InUseError, and nothing touched, if another holds it."""
+    try:
+        return _take(path, shown, command)
+    except OSError as error:
+        raise cannot_write(error, path.parent) from None
+
+
+@contextlib.contextmanager
+def held(path: Path, shown: Path, command: str) -> Iterator[Lock]:
+    """`take` for the length of a block."""
+    lock = take(path, shown, command)
+    try:
+        yield lock
+    finally:
+        lock.close()
+
+
+def refuse_another(path: Path, shown: Path, command: str) -> None:
+    """InUseError where a living process of this machine holds the lock for another command than this one."""
+    record = read(path)
+    owner = Owner.of(record)
+    if owner is not None and owner.is_alive() and record.get("command") != command:
+        raise _in_use(shown, record)
+
+
+def give_back_all() -> None:
+    """Close every lock of this process, which is about to end without unwinding its stack."""
+    for lock in list(_HELD):
+        lock.close()
+
+
+def _take(path: Path, shown: Path, command: str) -> Lock:
+    deadline = None
+    while True:
+        made = _make_folders(path.parent)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the holder before has just removed the folder that it had made
+            continue
+        try:
+            free, same = _flock(descriptor), _same(descriptor, path)
+            record = read(path)
+            owner = Owner.of(record)
+            if free and same:
+                if owner is None or owner.is_alive() is False or (owner.is_alive() is None and _stands_still(path)):
+                    return Lock(path, shown, command, os.dup(descriptor), made)
+                raise _in_use(shown, record)
+            if not free and same:
+                if owner is not None and owner.is_alive() is not False:
+                    raise _in_use(shown, record)
+                # Its last processes are ending, or it has not written its record yet.
+                deadline = deadline or time.monotonic() + ENDING_S
+                if time.monotonic() > deadline:
+                    raise _in_use(shown, record)
+        finally:
+            os.close(descriptor)
+        time.sleep(0.05)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+    return missing[::-1]
+
+
+def _flock(descriptor: int) -> bool:
+    """Whether this descriptor has the lock now; True too where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return True
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether the file is still there under its name: the holder before may have removed it as it ended."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _stands_still(path: Path) -> bool:
+    """Whether a record of another machine is not renewed. At once where flock says it: nobody else can hold it."""
+    if _is_local(path):
+        return True
+    before, until = read(path), time.monotonic() + STALE_S
+    while time.monotonic() < until:
+        time.sleep(min(1.0, STALE_S / 4))
+        if read(path) != before:
+            return False
+    return True
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the file system is one of this machine alone."""
+    place, kind = "", ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as mounts:
+        wanted = os.path.realpath(path.parent)
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            point = left.split()[4].encode().decode("unicode_escape")
+            if len(point) >= len(place) and (wanted + "/").startswith(point.rstrip("/") + "/"):
+                place, kind = point, right.split()[0]
+    return kind in LOCAL
+
+
+def _in_use(shown: Path, record: dict[str, Any]) -> InUseError:
+    pid, host, since = record.get("pid"), record.get("host"), record.get("since")
+    return InUseError(
+        f"{shown} is in use by {record.get('command', 'another command')} (pid {pid} on {host}, since {since})",
+        fix=f"wait for it, end it (kill {pid}), or give another --output",
+    )

@@ -156,6 +156,7 @@ class Campaign:
             if fault.is_held:
                 if all((self.run / f"held-{rank}").exists() for rank in (0, 1)):
                     break
+                time.sleep(0.002)
                 continue
             live = beat and beat["phase"] != heartbeat.ENDED and Path(f"/proc/{beat['pid']}").exists()
             if live and beat["step"] >= fault.step:

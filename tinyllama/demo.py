@@ -42,7 +42,12 @@ def plan(output: Path, tokenizer: Path | None, ranks: int, settings: Sequence[st
     export, scores, bench = output / "export", output / "eval", output / "serve"
     model = tokenizer or output / "tokenizer.model"
     steps = [
-        Step("corpus", "Corpus: what CPython ships", ("data", "corpus", "--output", str(corpus)), corpus / "code.jsonl")
+        Step(
+            "corpus",
+            "Corpus: what CPython ships",
+            ("data", "corpus", "--overwrite", "--output", str(corpus)),
+            corpus / "code.jsonl",
+        )
     ]
     if tokenizer is None:
         learn = ("tokenizer", "train", str(corpus), "--output", str(model), "--vocab-size", str(demo_vocab_size()))

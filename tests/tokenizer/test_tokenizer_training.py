@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import LLAMA2, tinyllama
+from conftest import LLAMA2, ROOT, tinyllama
 
 from tinyllama.errors import DataError, UserError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer, parse
-from tinyllama.tokenizer.train import LLAMA_SETTINGS, lines, sample, train
+from tinyllama.tokenizer.train import LLAMA_SETTINGS, Coverage, lines, sample, train
 
 
 def test_trained_models_have_llamas_settings(tokenizer_model):
@@ -39,7 +43,149 @@ def test_trained_model_learns_indentation_and_splits_digits(tokenizer_model):
 
 def test_only_newlines_end_lines():
     assert list(lines(["a;\r\n    b\x0c\u2028c\n\n", "", "d"])) == ["a;\r", "    b\x0c\u2028c", "d"]
-    assert list(lines(["x" * 65_536 + "\n" + "y" * 65_537, "é" * 40_000])) == ["x" * 65_536]
+
+
+def test_lines_that_are_too_long_are_cut_and_every_byte_is_accounted_for():
+    words = " ".join(f"word{number}" for number in range(20_000))
+    cases = {
+        "x" * 65_536: ["x" * 65_536],
+        "y" * 65_537: ["y" * 65_536, "y"],
+        "é" * 40_000: ["é" * 32_768, "é" * 7_232],
+        "a" + "世" * 30_000: ["a" + "世" * 21_845, "世" * 8_155],
+        "x" * 65_536 + " " + "y" * 9: ["x" * 65_536, "y" * 9],
+        "x\t" + "y" * 65_535: ["x\t", "y" * 65_535],
+        "x" * 65_000 + "\u3000" + "y" * 9_000: ["x" * 65_000 + "\u3000", "y" * 9_000],
+        " " * 70_000: None,
+        words: None,
+    }
+    for text, expected in cases.items():
+        coverage = Coverage()
+        found = list(lines([text], coverage))
+        assert expected is None or found == expected
+        assert " ".join(found) == text or "".join(found) == text
+        assert max(len(line.encode()) for line in found) <= 65_536
+        assert (coverage.read, coverage.used) == (len(text.encode()), len(text.encode()))
+        assert coverage.cut_lines == (len(found) > 1)
+
+
+def test_reserved_characters_and_line_ends_are_counted():
+    coverage = Coverage()
+    found = list(lines(["a▅b▁c\r\n\r\n\0d\te\n", "▅", "\r\r"], coverage))
+    assert found == ["a", "b▁c\r", "\0d\te"]
+    assert coverage.to_dict() == {
+        "read": 23, "line_ends": 7, "reserved": 6, "sampled_out": 0, "cut_lines": 0, "cut_lines_bytes": 0, "used": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["▅", "\0", "\t", "▁", "\ufeff"])
+def test_a_line_with_a_reserved_character_is_learnt_from(mark, tmp_path):
+    (tmp_path / "a.txt").write_text("plain words\n" + f"{mark}zqzqzq zqzqzq{mark}zqzqzq\n" * 50)
+    train([tmp_path / "a.txt"], tmp_path / "x.model", 280)
+    pieces = {p.piece for p in parse((tmp_path / "x.model").read_bytes()).pieces}
+    assert any("zqzq" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(("text", "words"), [("▅▅\n▅", "no text in 1 documents"), ("\r\n\r", "no text in 1 documents")])
+def test_nothing_to_learn_is_one_line(text, words, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    with pytest.raises(DataError, match=words):
+        train([tmp_path / "a.txt"], tmp_path / "x.model", 280)
+
+
+def test_the_report_says_what_was_read_used_and_left_out(tmp_path):
+    rows = [{"text": "some words of prose\n" * 20}, {"text": ""}, {"text": "x" * 70_000}, {"text": "▅"}]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in" / "README.md").write_text("about")
+    found = run("train", tmp_path / "in", "--output", tmp_path / "x.model", "--vocab-size", 275, "--max-lines", 15)
+    assert "bytes: 70,403 read" in found
+    for words in (
+        "20 line ends",
+        "3 of the reserved",
+        "1 lines over 65,536 bytes (70,000 bytes) were cut",
+        "--max-lines",
+    ):
+        assert words in found
+    assert "skipped: 1 records that are empty" in found
+    assert "README.md" in found
+
+
+def run(*arguments: object, error: type[Exception] | None = None) -> str:
+    """`tinyllama tokenizer` in this process: what it printed, or its error's text."""
+    from typer.testing import CliRunner
+
+    from tinyllama.tokenizer.cli import app
+
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    if error:
+        assert isinstance(done.exception, error)
+        return str(done.exception)
+    assert done.exception is None, done.output
+    return done.output
+
+
+def test_an_existing_tokenizer_is_replaced_by_overwrite_alone(tmp_path, tokenizer_model):
+    (tmp_path / "a.txt").write_text("some words of prose\n" * 20)
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(b"precious")
+    arguments = ["train", tmp_path / "a.txt", "--output", model, "--vocab-size", 275]
+    assert "tokenizer.model exists; give another --output, or --overwrite" in run(*arguments, error=DataError)
+    assert model.read_bytes() == b"precious"
+    run(*arguments, "--overwrite")
+    assert Tokenizer.load(model).vocab_size == 275
+    assert "would replace the input" in run(*arguments[:2], *arguments[4:], "--output", tmp_path / "a.txt", "--overwrite",
+                                            error=DataError)  # fmt: skip
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text("precious")
+    assert "tokenizer.json exists" in run("export", tokenizer_model, "--output", tmp_path / "hf", error=DataError)
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_learner_ends_with_its_command_and_leaves_nothing(number, tmp_path):
+    """Stopped once SentencePiece is loaded, so that it cannot be done before the signal comes."""
+    (tmp_path / "a.txt").write_text("some words of prose\n" * 20)
+    command = [
+        sys.executable,
+        "-m",
+        "tinyllama",
+        "tokenizer",
+        "train",
+        tmp_path / "a.txt",
+        "--output",
+        tmp_path / "x.model",
+    ]
+    process = subprocess.Popen([*map(str, command), "--vocab-size", "275"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    learner = None
+    try:
+        while learner is None:
+            assert process.poll() is None
+            for child in psutil.Process(process.pid).children():
+                if "_sentencepiece" in Path(f"/proc/{child.pid}/maps").read_text():
+                    child.suspend()
+                    learner = child
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        psutil.wait_procs([learner], timeout=30)
+        assert not learner.is_running()
+    finally:
+        process.kill()
+        if learner is not None and learner.is_running():
+            learner.kill()
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_learner_that_is_killed_is_one_line(tmp_path, monkeypatch):
+    from tinyllama.tokenizer import learner
+
+    monkeypatch.setattr(learner.sys, "executable", str(tmp_path / "killed"))
+    (tmp_path / "killed").write_text("#!/bin/sh\nkill -KILL $$\n")
+    (tmp_path / "killed").chmod(0o755)
+    (tmp_path / "a.txt").write_text("some words of prose\n" * 20)
+    with pytest.raises(UserError, match=r"was killed, by the system if memory ran out.*--max-lines"):
+        train([tmp_path / "a.txt"], tmp_path / "x.model", 275)
 
 
 def test_samples_are_uniform_and_depend_on_the_seed_alone():

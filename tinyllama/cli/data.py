@@ -178,6 +178,7 @@ def _print_jobs(output: Path, jobs: list[str], dumps: Any) -> None:
 @app.command()
 def corpus(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for prose.jsonl and code.jsonl.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write the prose and the code that CPython ships: a corpus that is always there, with no network.
@@ -191,7 +192,10 @@ def corpus(
     from rich.console import Console
 
     from tinyllama.data.corpus import write
+    from tinyllama.data.durable import refuse_existing
 
+    for name in ("prose.jsonl", "code.jsonl"):
+        refuse_existing(output / name, overwrite)
     with Console(stderr=True).status("reading the standard library"):
         counts = write(output)
     if as_json:
@@ -291,6 +295,7 @@ def contamination(
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one beside the store.")] = None,
     ngram: Annotated[int, typer.Option(help="Tokens in a row that count as overlap.")] = 13,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Which benchmark items share a run of 13 tokens with the training data. Clean subsets are scored with the report.
@@ -309,10 +314,11 @@ def contamination(
     from rich.table import Table
 
     from tinyllama.data.contamination import report
-    from tinyllama.data.durable import cannot_write, refuse_unwritable, write_json
+    from tinyllama.data.durable import cannot_write, refuse_existing, refuse_unwritable, write_json
     from tinyllama.data.store import read_manifest
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
+    refuse_existing(output, overwrite)
     total = sum(read_manifest(store).tokens("train") for store in stores)
     loaded = Tokenizer.load(tokenizer or stores[0].parent / "tokenizer.model")
     columns = ("scanning", BarColumn(), MofNCompleteColumn(), "tokens, ETA", TimeRemainingColumn())

@@ -69,6 +69,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """DataError if there is a file of this name and it is not to be replaced: asked before work that takes long."""
+    if not overwrite and os.path.lexists(path) and not path.is_dir():
+        raise DataError(f"{path} exists", fix="give another --output, or --overwrite to replace it")
+
+
 def refuse_unwritable(path: Path) -> None:
     """DataError if this file could not be written: asked before work that takes long. Makes its folder."""
     try:

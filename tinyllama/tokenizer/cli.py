@@ -7,7 +7,7 @@ Arguments, progress and reports; the work is done in `train` and `export`, impor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 @app.command()
 def train(
-    inputs: Annotated[list[Path], typer.Argument(help="Files or folders: .jsonl[.gz|.zst], .parquet, text.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders or addresses (s3://, gs://, hf://, https://): .jsonl[.gz|.zst], .parquet, text."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The tokenizer.model to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of pieces; Llama 2 has 32000.")] = 32000,
     max_lines: Annotated[
@@ -25,6 +30,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Which lines are sampled, where there are more.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a SentencePiece BPE with Llama 2's settings.
@@ -43,10 +49,12 @@ def train(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+    from tinyllama.data.durable import refuse_existing
     from tinyllama.data.inputs import find_inputs
     from tinyllama.tokenizer.train import INPUT_LINES
     from tinyllama.tokenizer.train import train as run
 
+    refuse_existing(output, overwrite)
     total = sum(file.size_bytes for file in find_inputs(inputs))
     columns = ("{task.description}", BarColumn(), DownloadColumn(), "ETA", TimeRemainingColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -61,6 +69,10 @@ def train(
             progress=lambda text_bytes: progress.advance(task, text_bytes),
             # SentencePiece does not say how far it is: a bar without an end.
             learning=lambda: progress.update(task, description="learning pieces", total=None),
+            notice=lambda text: progress.console.print(
+                text, style="yellow", markup=False, highlight=False, soft_wrap=True
+            ),
+            overwrite=overwrite,
         )
         progress.update(task, description="done", total=total, completed=total)
     if as_json:
@@ -72,12 +84,34 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+    for line in _coverage_lines(report):
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _coverage_lines(report: dict[str, Any]) -> list[str]:
+    """What became of the bytes that were read, and which records were skipped."""
+    counts = report["bytes"]
+    reasons = (
+        ("line_ends", "line ends and empty lines"),
+        ("reserved", "of the reserved character U+2585"),
+        ("sampled_out", "outside the sample (--max-lines)"),
+    )
+    left_out = ", ".join(f"{counts[key]:,} {what}" for key, what in reasons if counts[key])
+    found = [f"bytes: {counts['read']:,} read, {counts['used']:,} used{f'; left out: {left_out}' if left_out else ''}"]
+    if counts["cut_lines"]:
+        found.append(
+            f"{counts['cut_lines']:,} lines over 65,536 bytes ({counts['cut_lines_bytes']:,} bytes) were cut, at white "
+            "space where they have any"
+        )
+    found += [f"skipped: {count:,} records that are {reason}" for reason, count in report["skipped_records"].items()]
+    return found
 
 
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="tokenizer.model, or a folder that holds one.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The Hugging Face tokenizer directory to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer in it.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a Hugging Face tokenizer directory whose ids are exactly SentencePiece's, proven before it is written.
@@ -93,8 +127,11 @@ def export(
     from rich.console import Console
     from rich.markup import escape
 
-    from tinyllama.tokenizer.export import export_hf
+    from tinyllama.data.durable import refuse_existing
+    from tinyllama.tokenizer.export import WRITTEN, export_hf
 
+    for name in WRITTEN:
+        refuse_existing(output / name, overwrite)
     with Console(stderr=True).status("exporting and proving the ids"):
         report = export_hf(model, output)
     if as_json:

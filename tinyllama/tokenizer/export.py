@@ -31,6 +31,7 @@ from tinyllama.errors import MissingExtraError, UserError
 from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, parse
 
 Pair = tuple[str, str]
+WRITTEN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
 
 def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:

@@ -7,18 +7,21 @@ not on threads, paths or time.
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.documents import read_documents
-from tinyllama.data.durable import cannot_write, durable, refuse_unwritable
-from tinyllama.data.inputs import find_inputs
+from tinyllama.data.addresses import shown
+from tinyllama.data.documents import Reader
+from tinyllama.data.durable import cannot_write, durable, refuse_existing, refuse_unwritable
+from tinyllama.data.inputs import LeftOut, empty_line, find_inputs, left_out_line
 from tinyllama.errors import DataError, UserError
+from tinyllama.tokenizer.learner import LearnerError, learn
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer, library, parse
 
 LLAMA_SETTINGS: dict[str, Any] = {
@@ -40,20 +43,87 @@ LLAMA_SETTINGS: dict[str, Any] = {
     "eos_id": 2,
     "pad_id": -1,
 }
-MAX_LINE_BYTES = 65536  # longer lines (minified code, base64) are left out; Llama's limit of 4192 loses prose as well
+MAX_LINE_BYTES = 65536  # of what SentencePiece is given at once; longer lines (minified code, base64) are cut
 INPUT_LINES = 10_000_000
+RESERVED = "\u2585"  # SentencePiece leaves out every line with this character, which is its own mark inside
+# Where a line that is too long is cut, the latest first; at a space if it has one.
+_SPACES = tuple(c.encode() for c in "\t\r\x0b\x0c\x85\xa0\u2002\u2003\u2009\u2028\u2029\u3000")
 
 
-def lines(documents: Iterable[str]) -> Iterator[str]:
+@dataclasses.dataclass
+class Coverage:
+    """What became of every byte of the documents: read = line_ends + reserved + sampled_out + used."""
+
+    read: int = 0
+    line_ends: int = 0
+    reserved: int = 0
+    sampled_out: int = 0
+    cut_lines: int = 0
+    cut_lines_bytes: int = 0
+
+    @property
+    def used(self) -> int:
+        return self.read - self.line_ends - self.reserved - self.sampled_out
+
+    def to_dict(self) -> dict[str, int]:
+        return {**dataclasses.asdict(self), "used": self.used}
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def pieces_of(line: str) -> list[str]:
+    """A line as parts of at most MAX_LINE_BYTES, cut at a space (which each part begins with anyway), else at other white
+    space, else between two characters.
+    """
+    if len(line) * 4 <= MAX_LINE_BYTES:
+        return [line]
+    data, start, found = line.encode(), 0, []
+    while len(data) - start > MAX_LINE_BYTES:
+        limit = start + MAX_LINE_BYTES
+        end = data.rfind(b" ", start + 1, limit + 1)
+        following = end + 1
+        if end < 0:
+            cuts = (data.rfind(space, start, limit) + len(space) for space in _SPACES if space in data[start:limit])
+            end = max(cuts, default=0)
+            if not end:
+                end = limit
+                while data[end] & 0xC0 == 0x80:
+                    end -= 1
+            following = end
+        found.append(data[start:end].decode())
+        start = following
+    return [*found, data[start:].decode()]
+
+
+def lines(documents: Iterable[str], coverage: Coverage | None = None) -> Iterator[str]:
     """The lines of documents, without the newline, which is a byte piece in Llama's vocabulary and never learnt.
 
-    Only "\\n" ends a line, as when SentencePiece reads a file: Llama's vocabulary has pieces such as ";\\r".
-    Indentation stays, and is learnt as runs of spaces.
+    Only "\\n" ends a line, as when SentencePiece reads a file: Llama's vocabulary has pieces such as ";\\r". Indentation
+    stays, and is learnt as runs of spaces. Every byte that is not given is counted in `coverage`.
     """
+    counts = Coverage() if coverage is None else coverage
     for document in documents:
-        for line in document.split("\n"):
-            if line and (len(line) * 4 <= MAX_LINE_BYTES or len(line.encode()) <= MAX_LINE_BYTES):
-                yield line
+        num_bytes = _utf8_bytes(document)
+        counts.read += num_bytes
+        given = 0
+        for whole in document.split("\n"):
+            parts = pieces_of(whole)
+            if len(parts) > 1:
+                counts.cut_lines += 1
+                counts.cut_lines_bytes += len(whole.encode())
+                given += len(whole.encode()) - sum(len(part.encode()) for part in parts)  # the spaces between them
+            for part in parts:
+                if RESERVED in part:
+                    counts.reserved += len(RESERVED.encode()) * part.count(RESERVED)
+                    given += len(RESERVED.encode()) * part.count(RESERVED)
+                for line in part.split(RESERVED) if RESERVED in part else (part,):
+                    # SentencePiece takes carriage returns at the end of a line for its end.
+                    if text := line.rstrip("\r"):
+                        given += _utf8_bytes(text)
+                        yield line
+        counts.line_ends += num_bytes - given
 
 
 def sample(items: Iterable[str], size: int, seed: int) -> list[str]:
@@ -71,11 +141,11 @@ def sample(items: Iterable[str], size: int, seed: int) -> list[str]:
     return kept
 
 
-def _drain(kept: list[str]) -> Iterator[str]:
-    """The items, each let go once it is handed over: SentencePiece makes a copy."""
+def _drain(kept: list[str]) -> Iterator[bytes]:
+    """The items in UTF-8, each let go once it is handed over: SentencePiece makes a copy."""
     kept.reverse()
     while kept:
-        yield kept.pop()
+        yield kept.pop().encode()
 
 
 def _without_threads(model: bytes) -> bytes:
@@ -100,26 +170,32 @@ def _misfit(vocab_size: int, message: str) -> UserError | None:
 
 
 def _learn(kept: list[str], vocab_size: int, num_threads: int) -> bytes:
-    """The model that SentencePiece learns from these lines; the list is emptied. UserError if the size does not fit."""
-    model = io.BytesIO()
+    """The model that SentencePiece learns from these lines; the list is emptied. UserError if it cannot."""
+    settings = {
+        **LLAMA_SETTINGS,
+        "vocab_size": vocab_size,
+        "max_sentence_length": MAX_LINE_BYTES,
+        "num_threads": num_threads,
+    }
     try:
-        library().SentencePieceTrainer.train(
-            sentence_iterator=_drain(kept),
-            model_writer=model,
-            vocab_size=vocab_size,
-            max_sentence_length=MAX_LINE_BYTES,
-            num_threads=num_threads,
-            minloglevel=2,
-            **LLAMA_SETTINGS,
-        )
-    except RuntimeError as error:
-        misfit = _misfit(vocab_size, str(error))
-        if misfit is None:
-            raise
-        raise misfit from None
-    except ValueError as error:
-        raise UserError(f"--vocab-size {vocab_size}, --threads {num_threads} ({error})", fix="give less") from None
-    return _without_threads(model.getvalue())
+        return _without_threads(learn(_drain(kept), settings))
+    except LearnerError as error:
+        reason = " ".join(str(error).split())
+        raise _misfit(vocab_size, reason) or UserError(
+            f"SentencePiece cannot learn {vocab_size} pieces on {num_threads} threads from these documents ({reason})",
+            fix="give more text, a smaller --vocab-size, or less at once: --max-lines",
+        ) from None
+
+
+class _Skipped(list[tuple[int, str]]):
+    """Counts the records that a reader leaves out, by reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def append(self, entry: tuple[int, str]) -> None:
+        self.counts["empty" if entry[1] == "empty" else entry[1].partition(" (")[0]] += 1
 
 
 def train(
@@ -132,13 +208,15 @@ def train(
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     learning: Callable[[], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Train on the documents of `inputs` and write the model to `output`, atomically. Deterministic.
 
     input_sentence_size: at most so many lines, sampled with `seed`, are held in memory and learnt from. progress:
-    called with the bytes of each document read; learning: once, when reading is done. Returns path, sha256, vocab_size
-    and the number of documents and lines. UserError if the corpus cannot support `vocab_size` pieces, DataError for
-    bad input.
+    called with the bytes of each document read; learning: once, when reading is done; notice: told of files that were
+    left out. Returns path, sha256, vocab_size, the number of documents and lines, what became of the bytes, and which
+    records were skipped. UserError if the corpus cannot support `vocab_size` pieces, DataError for bad input.
     """
     if vocab_size < 260:
         raise UserError(f"--vocab-size {vocab_size}", fix="256 bytes and 3 control pieces come first; give 260 or more")
@@ -146,26 +224,36 @@ def train(
         raise UserError(f"--max-lines {input_sentence_size}", fix="give 1 or more")
     if num_threads is not None and num_threads < 1:
         raise UserError(f"--threads {num_threads}", fix="give 1 or more")
-    files = find_inputs(inputs)
     target = Path(output)
+    refuse_existing(target, overwrite)
+    left_out: LeftOut = {}
+    files = find_inputs(inputs, left_out=left_out)
+    if notice:
+        for line in filter(None, (left_out_line(left_out) if left_out else None, empty_line(files))):
+            notice(line)
+    if any(not file.opens and file.is_local and Path(file.address).resolve() == target.resolve() for file in files):
+        raise DataError(f"--output {target} would replace the input of that name", fix="give another --output")
     library()  # missing, or nowhere to write to: said before hours of reading
     refuse_unwritable(target)
-    seen = 0
+    seen, coverage, skipped = 0, Coverage(), _Skipped()
 
     def documents() -> Iterator[str]:
         nonlocal seen
         for file in files:
-            for text in read_documents(file):
+            for text in Reader(file, skipped=skipped):
                 seen += 1
                 if progress:
                     progress(len(text.encode()))
                 yield text
 
     # Read before SentencePiece starts: an error in here would reach the user as one of SentencePiece's.
-    kept = sample(lines(documents()), input_sentence_size, seed)
+    kept = sample(lines(documents(), coverage), input_sentence_size, seed)
     num_lines = len(kept)
     if not kept:
-        raise DataError(f"{', '.join(map(str, inputs))}: no text in {seen} documents", fix="give files with text")
+        given = ", ".join(shown(str(one)) for one in inputs)
+        raise DataError(f"{given}: no text in {seen} documents", fix="give files with text")
+    held = sum(_utf8_bytes(line.rstrip("\r")) for line in kept)
+    coverage.sampled_out = max(0, coverage.used - held) if num_lines == input_sentence_size else 0
     if learning:
         learning()
     content = _learn(kept, vocab_size, num_threads or os.cpu_count() or 1)
@@ -181,4 +269,6 @@ def train(
         "vocab_size": loaded.vocab_size,
         "documents": seen,
         "lines": num_lines,
+        "bytes": coverage.to_dict(),
+        "skipped_records": dict(skipped.counts),
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ import pytest
 from conftest import LLAMA2, ROOT, tinyllama
 
 from tinyllama.errors import DataError, UserError
+from tinyllama.processes import start_ticks
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer, parse
 from tinyllama.tokenizer.train import LLAMA_SETTINGS, Coverage, lines, sample, train
 
@@ -141,9 +144,19 @@ def test_an_existing_tokenizer_is_replaced_by_overwrite_alone(tmp_path, tokenize
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "precious"
 
 
+HELD = """
+import os, signal, sys
+if any("tokenizer.learner" in argument for argument in sys.orig_argv):
+    sys.addaudithook(lambda event, arguments: event == "import" and arguments[0] == "sentencepiece" and
+                     os.kill(os.getpid(), signal.SIGSTOP))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_learner_ends_with_its_command_and_leaves_nothing(number, tmp_path):
-    """Stopped once SentencePiece is loaded, so that it cannot be done before the signal comes."""
+    """Held where it would load SentencePiece, so that it cannot be done before the signal comes."""
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "sitecustomize.py").write_text(HELD)
     (tmp_path / "a.txt").write_text("some words of prose\n" * 20)
     command = [
         sys.executable,
@@ -155,26 +168,30 @@ def test_the_learner_ends_with_its_command_and_leaves_nothing(number, tmp_path):
         "--output",
         tmp_path / "x.model",
     ]
-    process = subprocess.Popen([*map(str, command), "--vocab-size", "275"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'held'}:{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(
+        [*map(str, command), "--vocab-size", "275"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     learner = None
     try:
         while learner is None:
             assert process.poll() is None
-            for child in psutil.Process(process.pid).children():
-                if "_sentencepiece" in Path(f"/proc/{child.pid}/maps").read_text():
-                    child.suspend()
-                    learner = child
+            children = psutil.Process(process.pid).children()
+            learner = next((child for child in children if child.status() == psutil.STATUS_STOPPED), None)
+            time.sleep(0.02)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
-        psutil.wait_procs([learner], timeout=30)
-        assert not learner.is_running()
+        _, errors = process.communicate(timeout=60)
+        deadline = time.monotonic() + 60
+        while start_ticks(learner.pid) is not None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert start_ticks(learner.pid) is None
     finally:
         process.kill()
-        if learner is not None and learner.is_running():
+        if learner is not None and start_ticks(learner.pid) is not None:
             learner.kill()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "held"]
 
 
 def test_a_learner_that_is_killed_is_one_line(tmp_path, monkeypatch):

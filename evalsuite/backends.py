@@ -60,6 +60,8 @@ def choose(
             f"--model {model} is neither a Hugging Face directory nor a checkpoint",
             fix="give one, or a hub id such as owner/name",
         )
+    if max_length is not None and max_length < 1:
+        raise UserError(f"--max-length {max_length}", fix="give 1 or more tokens")
     derived = backend or ("native" if path.exists() else "hf")
     if derived not in BACKENDS:
         raise UserError(f"--backend {backend}", fix=f"give one of {', '.join(BACKENDS)}")
@@ -102,6 +104,34 @@ def trained_tokens(choice: ModelChoice) -> int | None:
     return int(record["tokens"]) if record and "tokens" in record else None
 
 
+def context(choice: ModelChoice) -> int | None:
+    """Tokens that the model reads at most; None where that is not known before it is loaded.
+
+    UserError where the choice asks for more than the model was made for.
+    """
+    own = None
+    if checkpoint.is_checkpoint(choice.path):
+        own = checkpoint.model_config(checkpoint.resolve(choice.path)).max_position_embeddings
+    elif choice.local:
+        own = _longest(read_json(Path(choice.path) / "config.json") or {})
+    _refuse_beyond(own, choice)
+    return choice.max_length or own
+
+
+def _longest(config: dict[str, Any]) -> int | None:
+    """The context of a transformers configuration, under the names that lm-eval looks for."""
+    config = config.get("text_config") or config
+    known = (config.get(name) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((length for length in known if isinstance(length, int)), None)
+
+
+def _refuse_beyond(own: int | None, choice: ModelChoice) -> None:
+    if own is not None and choice.max_length is not None and choice.max_length > own:
+        raise UserError(
+            f"--max-length {choice.max_length} exceeds the model's context of {own}", fix=f"give at most {own}"
+        )
+
+
 def sampling_seed(choice: ModelChoice) -> int:
     """What drawn tokens follow from."""
     return VLLM_SEED if choice.backend == "vllm" else SAMPLING_SEED
@@ -122,13 +152,15 @@ def make(choice: ModelChoice, log: Path) -> Any:
 
     if choice.dtype == "float32":
         exact_float32()
-    return CountingHFLM(
+    model = CountingHFLM(
         pretrained=choice.path,
         dtype=choice.dtype,
         batch_size=choice.batch_size or ("auto" if _has_cuda() else CPU_ROWS),
         max_length=choice.max_length,
         device="cuda" if _has_cuda() else "cpu",
     )
+    _refuse_beyond(_longest(model.config.to_dict()), choice)
+    return model
 
 
 def exact_float32() -> None:
@@ -178,10 +210,10 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
     _ = current_platform.device_type
     importlib.metadata.version = version
     try:
-        from lm_eval.models.vllm_causallms import VLLM
+        from evalsuite.vllm_backend import CheckedVLLM
     finally:
         importlib.metadata.version = original
-    return VLLM(
+    return CheckedVLLM(
         pretrained=choice.path,
         dtype=choice.dtype,
         batch_size="auto",

@@ -1,15 +1,24 @@
-"""lm-eval's hf backend, quiet; prompts that it cuts without a word are counted, texts are tokenized many at once."""
+"""lm-eval's hf backend, quiet; prompts that it cuts without a word are counted, texts are tokenized many at once.
+
+Each request gets what it would get alone, and one that has no answer is refused by name (`scorable.py`).
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from tinyllama.errors import UserError
+from evalsuite import scorable
+from evalsuite.generation_settings import GenerationSettings, room_for_prompt
+from evalsuite.greedy import not_numbers
 
 TOGETHER = 1024  # requests whose texts are tokenized by one call
 Pair = tuple[str, str]
@@ -23,17 +32,19 @@ class CountingHFLM(HFLM):
     """
 
     num_truncated = 0
+    _instances: Sequence[Any] = ()  # of this call of loglikelihood
     _coming: Iterator[Pair] = iter(())  # the requests of this call that were not yet tokenized
     _pairs: Mapping[Pair, tuple[list[int], list[int]]] = MappingProxyType({})  # those that were
     _asked: dict[str, None] | None = None  # while they are being learned: the texts that HFLM asks for
     _encoded: Mapping[str, list[int]] = MappingProxyType({})  # while they are in use
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        self._coming = iter([request.args for request in requests])
+        scorable.refuse_tokenless(requests, lambda text: self.tok_encode(text, add_special_tokens=False))
+        self._coming, self._instances = iter([request.args for request in requests]), requests
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
         finally:
-            self._coming, self._pairs = iter(()), {}
+            self._coming, self._pairs, self._instances = iter(()), {}, ()
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         pair = (context, continuation)
@@ -77,24 +88,73 @@ class CountingHFLM(HFLM):
         return []
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        scorable.refuse_unscorable(requests, self.max_length, self._instances)
+        found = self._answers(requests, *args, **kwargs)
+        scorable.refuse_not_numbers(found)
+        return found
+
+    def _answers(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        """HFLM's, of requests that were checked, each as if it were alone."""
         for _, context, continuation in requests:
             # The last token of the continuation is scored but never read.
             self.num_truncated += len(context) + len(continuation) - 1 > self.max_length
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        found: list[Any] = [None] * len(requests)
+        for part in _rounds(requests):
+            answers = super()._loglikelihood_tokens([requests[index] for index in part], *args, **kwargs)
+            for index, answer in zip(part, answers, strict=True):
+                found[index] = answer
+        return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         for request in requests:
-            context, settings = request.args
-            room = self.room_for_prompt(int(settings.get("max_gen_toks", self.max_gen_toks)))
-            self.num_truncated += len(self.tok_encode(context)) > room
+            context, given = request.args
+            room = room_for_prompt(self.max_length, GenerationSettings.of(given, self.max_gen_toks).most)
+            ids = self.tok_encode(context)
+            scorable.refuse_empty_prompt(request, ids)
+            self.num_truncated += len(ids) > room
         return super().generate_until(requests, disable_tqdm=True)
 
-    def room_for_prompt(self, generated: int) -> int:
-        """Tokens that a prompt may have where `generated` follow it; UserError where there are none."""
-        room = self.max_length - generated
-        if room <= 0:
-            raise UserError(
-                f"this task generates up to {generated} tokens, the model's context is {self.max_length}",
-                fix="leave it out, or use a model with a longer context",
-            )
-        return room
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As HFLM's, but that each text, not the first for all, says whether it brings its own bos token."""
+        if len({has_bos_prefix(text, self.tokenizer.bos_token) for text in strings}) < 2:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        ids = {"input_ids": [self.tok_encode(text, None, left_truncate_len) for text in strings]}
+        padded = self.tokenizer.pad(ids, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        settings["logits_processor"] = LogitsProcessorList([_Numbers()])
+        return super()._model_generate(context, max_length, stop, **settings)
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses logits (R, V) from which no token can be chosen; transformers would take the first NaN for the largest."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not torch.isfinite(scores.amax(-1)).all():
+            raise not_numbers()
+        return scores
+
+
+def _rounds(requests: Sequence[Any]) -> list[list[int]]:
+    """The requests' indices, in as many calls of HFLM as it needs to score each as it would alone; nearly always one.
+
+    HFLM runs requests that read the same tokens once, and takes the first positions of the longest continuation for those
+    of a shorter one, though its last are meant: such requests are kept apart.
+    """
+    rounds: list[list[int]] = []
+    lengths: dict[tuple[int, ...], list[int]] = {}  # of the continuations behind the same tokens
+    for index, (_, context, continuation) in enumerate(requests):
+        known = lengths.setdefault((*context, *continuation[:-1]), [])
+        if len(continuation) not in known:
+            known.append(len(continuation))
+            if len(known) > len(rounds):
+                rounds.append([])
+        rounds[known.index(len(continuation))].append(index)
+    return rounds

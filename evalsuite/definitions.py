@@ -29,7 +29,7 @@ Definition = tuple[Path, dict[str, Any]]  # a task's YAML, and what of it is cha
 @dataclasses.dataclass
 class Prepared:
     """A benchmark ready for lm-eval: its leaf tasks, the manager that knows them, and hashes over its data files and its
-    definition. generates: whether the model writes text for any of them.
+    definition. generation: how text is to be generated, of each leaf that has the model write any.
     """
 
     benchmark: Benchmark
@@ -37,17 +37,25 @@ class Prepared:
     manager: Any
     data_sha256: str | None
     definition_sha256: str
-    generates: bool
+    generation: dict[str, Any]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model writes text for any of the leaves."""
+        return bool(self.generation)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An overlay that was written: the task's name, its local data files and their hash ("" for none)."""
+    """An overlay that was written: the task's name, its local data files and their hash ("" for none).
+
+    generation: how text is to be generated; None where none is.
+    """
 
     name: str
     files: dict[str, str]
     digest: str
-    generates: bool
+    generation: Any
 
 
 def stock_definitions(benchmark: Benchmark) -> list[Definition]:
@@ -140,8 +148,17 @@ def _overlay(
         overlay.update(bundles.data_overlay(config, data, scratch))
         files = overlay["dataset_kwargs"]["data_files"]
     file.write_text(yaml.safe_dump(overlay, sort_keys=False))
-    generates = config.get("output_type", "generate_until") == "generate_until"  # lm-eval's default too
-    return Leaf(name, files, bundles.files_sha256(files) if files else "", generates)
+    return Leaf(name, files, bundles.files_sha256(files) if files else "", _generation({**config, **changes}))
+
+
+def _generation(config: dict[str, Any]) -> Any:
+    """The generation_kwargs of a task's configuration, with lm-eval's defaults; None for one that generates nothing."""
+    if config.get("output_type", "generate_until") != "generate_until":  # lm-eval's default too
+        return None
+    given = config.get("generation_kwargs") or {}
+    if not isinstance(given, dict):
+        return given
+    return {"until": [config.get("fewshot_delimiter", "\n\n")], **given}
 
 
 def _sampling(benchmark: Benchmark, config: dict[str, Any]) -> dict[str, Any]:
@@ -212,8 +229,9 @@ def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
         _refuse_too_few_rows(benchmark, leaf.files)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     digest = ",".join(leaf.digest for leaf in found) if any(leaf.files for leaf in found) else None
-    tasks, generates = [leaf.name for leaf in found], any(leaf.generates for leaf in found)
-    return Prepared(benchmark, tasks, manager, digest, _definition_sha256(definitions), generates)
+    tasks = [leaf.name for leaf in found]
+    generation = {leaf.name: leaf.generation for leaf in found if leaf.generation is not None}
+    return Prepared(benchmark, tasks, manager, digest, _definition_sha256(definitions), generation)
 
 
 def _definition_sha256(definitions: list[Definition]) -> str:

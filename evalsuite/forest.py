@@ -97,6 +97,8 @@ class Forest:
 
     def places(self, wanted: Sequence[tuple[int, int]]) -> list[Ints]:
         """Where in the forest the tokens [first, last) of each sequence stand: wanted has a (first, last) per sequence."""
+        if any(not 0 <= f <= last <= len(s) for (f, last), s in zip(wanted, self.sequences, strict=True)):
+            raise ValueError("a stretch lies outside of its sequence")
         path = np.zeros(self.longest, dtype=np.int64)
         by_owner: dict[int, list[int]] = {}
         for index, owner in enumerate(self.owner):

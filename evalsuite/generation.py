@@ -15,7 +15,6 @@ from evalsuite.greedy import GreedyHead, not_numbers
 from evalsuite.scoring import Work, passes_of
 from evalsuite.transfer import to_device
 from evalsuite.tree_attention import TreeCache
-from tinyllama.errors import UserError
 from tinyllama.model.llama import Llama
 
 WORTH_SHARING = 32  # tokens: a shorter common prefix is not worth a cohort of its own
@@ -185,15 +184,6 @@ class Generation:
             chances = (row_logits / row.prompt.temperature).softmax(-1)
             drawn.append(int(torch.multinomial(chances, 1, generator=row.generator)))
         return drawn
-
-
-def greedy_or_drawn(settings: dict) -> float:
-    """The temperature that lm-eval's generation settings mean; UserError for settings that are not ours."""
-    temperature = float(settings.pop("temperature", 0.0) or 0.0)
-    sampling = bool(settings.pop("do_sample", temperature > 0)) and temperature > 0
-    for name, value in settings.items():
-        raise UserError(f"generation setting {name}={value!r}", fix="use --backend hf or vllm for this task")
-    return temperature if sampling else 0.0
 
 
 def seed_of(ids: list[int], repeat: int, seed: int) -> int:

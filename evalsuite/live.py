@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from evalsuite import bundle, definitions, runner, suites
+from evalsuite import bundle, definitions, runner, scorable, suites
 from evalsuite.counting import CountingHFLM
 from evalsuite.native import hf_config
 from tinyllama.errors import UserError
@@ -60,6 +59,7 @@ class LiveLM(CountingHFLM):
             pretrained=shape, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, backend="causal"
         )
         self._forward, self._control = forward, control
+        self.only_checks = False  # while requests are checked before the training, and none is scored
 
     def _pass(self, needed: bool, ids: torch.Tensor) -> torch.Tensor | None:
         """One forward pass of all ranks, if any of them needs it."""
@@ -77,14 +77,20 @@ class LiveLM(CountingHFLM):
         return None if logits is None else logits[:rows, :length]
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        # All ranks know all requests and all answers, and so they agree on an error; alone, one would wait for ever.
+        scorable.refuse_unscorable(requests, self.max_length, self._instances)
+        if self.only_checks:
+            return [(0.0, False)] * len(requests)
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        mine = super()._loglikelihood_tokens(requests[rank::ranks], *args, **kwargs) if requests[rank::ranks] else []
+        mine = self._answers(requests[rank::ranks], *args, **kwargs) if requests[rank::ranks] else []
         empty = torch.zeros(self.batch_size_per_gpu, LENGTH_MULTIPLE, dtype=torch.int64, device=self.device)
         while self._pass(False, empty) is not None:
             pass
         shares: list[Any] = [None] * ranks
         dist.all_gather_object(shares, mine, group=self._control)
-        return [shares[index % ranks][index // ranks] for index in range(len(requests))]
+        found = [shares[index % ranks][index // ranks] for index in range(len(requests))]
+        scorable.refuse_not_numbers(found)
+        return found
 
 
 class LiveEvaluation:
@@ -117,16 +123,20 @@ class LiveEvaluation:
                 )
         export_hf(tokenizer_model, self._scratch / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(self._scratch / "tokenizer")
-        self._lm: HFLM = LiveLM(
-            forward, _Shape(model, device), tokenizer, batch_size, model.max_position_embeddings, control
-        )
+        self._lm = LiveLM(forward, _Shape(model, device), tokenizer, batch_size, model.max_position_embeddings, control)
+        self._lm.only_checks = True
+        self()
+        self._lm.only_checks = False
 
     def __call__(self) -> dict[str, dict[str, Any]]:
-        """Per task: value, stderr, metric and n."""
+        """Per task: value, stderr, metric and n; without those for which the model yields no numbers."""
         found: dict[str, dict[str, Any]] = {}
         for task in self._prepared:
-            with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars would tear the training's
-                results = runner.run_task(self._lm, task, self.limit)
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars would tear the training's
+                    results = runner.run_task(self._lm, task, self.limit)
+            except scorable.NotNumbersError:
+                continue
             if results is not None:
                 entry = runner.score(task.benchmark, results, task.leaves)
                 found[task.benchmark.name] = {key: entry[key] for key in ("value", "stderr", "metric", "n")}

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import collections
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from transformers import AutoTokenizer, LlamaConfig
 
+from evalsuite import scorable
 from evalsuite.backends import ModelChoice, exact_float32, tokenizer_directory
 from evalsuite.budget import TOKENS_PER_ROW, Budget, budget_of, free_bytes
 from evalsuite.cohorts import Prompt
 from evalsuite.counting import CountingHFLM
 from evalsuite.engines import Copies, Engine, Local
-from evalsuite.generation import greedy_or_drawn, seed_of
+from evalsuite.generation import seed_of
+from evalsuite.generation_settings import GenerationSettings, room_for_prompt
 from evalsuite.scoring import Continuation, Work
 from tinyllama import checkpoint, host_memory
 from tinyllama.errors import UserError
@@ -131,6 +134,7 @@ class NativeLM(CountingHFLM):
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(summed log-probability, is greedy) of ((context, continuation), context ids, continuation ids), in order."""
+        scorable.refuse_unscorable(requests, self.max_length, self._instances)
         wanted = []
         for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :]  # HFLM's truncation: the beginning goes
@@ -142,21 +146,31 @@ class NativeLM(CountingHFLM):
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return found
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """As HFLM's, but with the windows of all texts in one call."""
+        batch_size = int(self.batch_size)
+        self.batch_size_per_gpu = sys.maxsize
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = batch_size
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that continues each request's context, without the stop string that ended it."""
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         prompts, repeats = [], collections.Counter[str]()
         for request in requests:
             context, given = request.args
-            settings = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-            stops = handle_stop_sequences(settings.pop("until", None), eos=eos)
-            most = int(settings.pop("max_gen_toks"))
-            room = self.room_for_prompt(most)
+            settings = GenerationSettings.of(given, self.max_gen_toks)
+            settings.check("native")
+            room = room_for_prompt(self.max_length, settings.most)
             ids = self.tok_encode(context)
+            scorable.refuse_empty_prompt(request, ids)
             self.num_truncated += len(ids) > room
             seed = seed_of(ids, repeats[context], SAMPLING_SEED)
             repeats[context] += 1
-            prompts.append(Prompt(ids[-room:], most, tuple(stops), greedy_or_drawn(settings), seed))
+            stops = tuple(handle_stop_sequences(list(settings.stops), eos=eos))
+            prompts.append(Prompt(ids[-room:], settings.most, stops, settings.temperature, seed))
         if not prompts:
             return []
         texts = [self.tok_decode(tokens) for tokens in self.engine.extend(prompts)]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalsuite import backends, bundle, contamination, samples, statistics, suites
+from evalsuite import backends, bundle, contamination, generation_settings, samples, statistics, suites
 from evalsuite.files import write_json, write_json_lines
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, SEED, ResultsFile
 from evalsuite.suites import Benchmark
@@ -242,6 +242,10 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     }
     keys = {t.benchmark.name: _task_key(request, model_sha256, t) for t in prepared}
     found["tasks"] = _kept(before, found, keys) if request.resume else {}
+    missing = [t for t in prepared if t.benchmark.name not in found["tasks"]]
+    context = backends.context(request.choice) if missing else None
+    for task in missing:
+        generation_settings.check_tasks(task.generation, request.choice.backend, context)
     export = ResultsFile(
         request.output / "lm_eval", found, {t.benchmark.export_name: keys[t.benchmark.name] for t in prepared}
     )
@@ -332,7 +336,7 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
     random.seed(SEED)
     np.random.seed(FEWSHOT_SEED)
     torch.manual_seed(FEWSHOT_SEED)
-    loaded = task.manager.load(list(task.leaves))
+    loaded = _loaded(task)
     for leaf in loaded["tasks"].values():
         if leaf.get_config("num_fewshot") is None:
             leaf.set_config(key="num_fewshot", value=0)
@@ -351,6 +355,18 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
     ours = {name: leaf for name, leaf in loaded["tasks"].items() if hasattr(leaf, "fit_to")}
     asked = {name: rows for name, leaf in ours.items() if (rows := leaf.asked_rows())}
     return {**results, "fewer_shots": sum(leaf.num_fewer for leaf in ours.values()), "asked": asked}
+
+
+def _loaded(task: Any) -> dict[str, Any]:
+    """lm-eval's task objects of a prepared benchmark; UserError for a first item with an empty choice, where it fails."""
+    try:
+        return task.manager.load(list(task.leaves))
+    except IndexError as error:
+        if str(error) != "string index out of range":
+            raise
+        raise UserError(
+            f"task {', '.join(task.leaves)}, item 0: a choice is empty", fix="no choice may be empty"
+        ) from None
 
 
 def compile_templates_once() -> None:

@@ -71,6 +71,10 @@ class Continuation:
     read: list[int]
     targets: list[int]
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.targets) <= len(self.read):
+            raise ValueError(f"{len(self.targets)} targets have no positions among {len(self.read)}")
+
 
 @torch.no_grad()
 def log_likelihoods(
@@ -96,7 +100,8 @@ def log_likelihoods(
     target = np.array([token for request in wanted for token in request.targets], dtype=np.int64)
     by_place = np.argsort(place, kind="stable")
     sorted_place = place[by_place]
-    scores, greedy = torch.zeros(len(place)), torch.zeros(len(place), dtype=torch.bool)
+    # A position that no pass reports would stay NaN, which is an error below, and not a log-probability of 0.
+    scores, greedy = torch.full((len(place),), torch.nan), torch.zeros(len(place), dtype=torch.bool)
 
     def collect(entries: Ints, found: Tensor, done: int) -> None:
         """Fetch what a pass found: the one time that the host waits for it."""

@@ -164,7 +164,8 @@ def _show(found: dict[str, Any], target: Path, as_json: bool) -> None:
         return
     out = Console(highlight=False)
     table.print_comparison(found, out)
-    if (found.get("parity") or {}).get("positions"):
-        out.print(parity.sentence(found["parity"]), markup=False)
+    compared = found.get("parity") or {"compared": True}
+    if "positions" in compared or not compared["compared"]:
+        out.print(parity.sentence(compared), markup=False)
     out.print(f"results: {target / 'results.json'}, per-item samples: {target / 'samples'}", markup=False)
     out.print(f"in lm-eval's own format: {target / 'lm_eval'}", markup=False)

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from evalsuite import scorable
 from evalsuite.generation_settings import GenerationSettings, room_for_prompt
 from evalsuite.greedy import not_numbers
+from tinyllama.errors import UserError
 
 TOGETHER = 1024  # requests whose texts are tokenized by one call
 Pair = tuple[str, str]
@@ -37,6 +38,15 @@ class CountingHFLM(HFLM):
     _pairs: Mapping[Pair, tuple[list[int], list[int]]] = MappingProxyType({})  # those that were
     _asked: dict[str, None] | None = None  # while they are being learned: the texts that HFLM asks for
     _encoded: Mapping[str, list[int]] = MappingProxyType({})  # while they are in use
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.prefix_token_id is None:
+            raise UserError(
+                "the model's tokenizer has neither a bos nor an eos token", fix="name one in tokenizer_config.json"
+            )
+        self._vocabulary = int(self.config.get_text_config().vocab_size)
+        self._has_beyond = max(self.tokenizer.get_vocab().values(), default=0) >= self._vocabulary
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         scorable.refuse_tokenless(requests, lambda text: self.tok_encode(text, add_special_tokens=False))
@@ -95,6 +105,10 @@ class CountingHFLM(HFLM):
 
     def _answers(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """HFLM's, of requests that were checked, each as if it were alone."""
+        if self._has_beyond:
+            named = self._instances if len(self._instances) == len(requests) else [None] * len(requests)
+            for (_, context, continuation), instance in zip(requests, named, strict=True):
+                scorable.refuse_beyond([*context, *continuation], self._vocabulary, instance)
         for _, context, continuation in requests:
             # The last token of the continuation is scored but never read.
             self.num_truncated += len(context) + len(continuation) - 1 > self.max_length
@@ -106,13 +120,21 @@ class CountingHFLM(HFLM):
         return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self.refuse_endless()
         for request in requests:
             context, given = request.args
             room = room_for_prompt(self.max_length, GenerationSettings.of(given, self.max_gen_toks).most)
             ids = self.tok_encode(context)
             scorable.refuse_empty_prompt(request, ids)
+            if self._has_beyond:
+                scorable.refuse_beyond(ids, self._vocabulary, request)
             self.num_truncated += len(ids) > room
         return super().generate_until(requests, disable_tqdm=True)
+
+    def refuse_endless(self) -> None:
+        """UserError where the tokenizer has no token that ends a text."""
+        if self.eot_token_id is None:
+            raise UserError("the model's tokenizer has no eos token", fix="name one in tokenizer_config.json")
 
     def tok_batch_encode(
         self,

@@ -116,9 +116,10 @@ class NativeLM(CountingHFLM):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if directory != Path(choice.path):
             shutil.rmtree(directory)
-        if len(tokenizer) > body.config.vocab_size:
+        num_tokens = 1 + max(tokenizer.get_vocab().values(), default=0)
+        if num_tokens > body.config.vocab_size:
             raise UserError(
-                f"the tokenizer of {choice.path} has {len(tokenizer)} pieces, the model {body.config.vocab_size}",
+                f"the tokenizer of {choice.path} has {num_tokens} pieces, the model {body.config.vocab_size}",
                 fix="use the tokenizer that the model was trained with",
             )
         return cls(
@@ -157,6 +158,7 @@ class NativeLM(CountingHFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that continues each request's context, without the stop string that ended it."""
+        self.refuse_endless()
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         prompts, repeats = [], collections.Counter[str]()
         for request in requests:

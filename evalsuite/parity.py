@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evalsuite import backends
 from evalsuite.backends import ModelChoice
 from tinyllama import checkpoint
-from tinyllama.errors import UserError
+from tinyllama.errors import ConfigError, UserError
+from tinyllama.model.config import ModelConfig
 
 PROMPTS = (
     "The history of the town begins with the river. Traders who came down it every spring needed a place to store their",
@@ -56,6 +58,11 @@ def not_compared(choice: ModelChoice, content_sha256: str) -> dict[str, Any] | N
         return {"compared": False, "reason": "quantized weights are other weights"}
     if config.get("model_type") != "llama":
         return {"compared": False, "reason": f"not a Llama but {config.get('model_type')}"}
+    if choice.backend != "native":
+        try:
+            ModelConfig.from_hf(choice.path)
+        except ConfigError as error:
+            return {"compared": False, "reason": f"a Llama that ours does not compute ({error.what})"}
     record = Path(choice.path) / RECORD
     if choice.backend == "native" and record.exists():
         found = json.loads(record.read_text())
@@ -75,15 +82,15 @@ def expected(choice: ModelChoice) -> Expected:
     tokenizer = AutoTokenizer.from_pretrained(choice.path)
     against, logits_of, vocabulary = _reference(choice)
     contexts, tokens, logprobs, leads = [], [], [], []
+    room = backends.context(choice) or max(map(len, PROMPTS)) + GREEDY_TOKENS
     for prompt in PROMPTS:
         ids = [i for i in tokenizer(prompt).input_ids if i < vocabulary]
-        if choice.max_length:
-            ids = ids[: choice.max_length - GREEDY_TOKENS]
         if len(ids) < SHORTEST:
             continue
+        ids = ids[: max(1, room - GREEDY_TOKENS)]
         stride = max(1, (len(ids) - 1) // POSITIONS)
         positions = list(range(1, len(ids), stride))
-        for _ in range(GREEDY_TOKENS):
+        for _ in range(min(GREEDY_TOKENS, room)):
             positions.append(len(ids))
             ids.append(int(logits_of(ids)[-1].argmax()))
         scores = logits_of(ids).log_softmax(-1)
@@ -94,6 +101,11 @@ def expected(choice: ModelChoice) -> Expected:
             tokens.append(ids[at])
             logprobs.append(float(scores[at - 1, ids[at]]))
             leads.append(float(scores[at - 1, ids[at]] - others.max()))
+    if not contexts:
+        raise UserError(
+            f"the tokenizer of {choice.path} has no tokens for the sample prompts of the comparison",
+            fix="check it, or use --no-parity-check",
+        )
     return Expected(against, contexts, tokens, logprobs, leads)
 
 
@@ -157,7 +169,9 @@ def compare(model: Any, wanted: Expected, choice: ModelChoice) -> dict[str, Any]
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """A comparison as the tables tell it."""
+    """A comparison as the tables tell it, or why there was none."""
+    if not found["compared"]:
+        return f"not checked against another implementation: {found['reason']}"
     return (
         f"checked against {found['with']}: {found['positions']} log-probabilities, "
         f"{found['greedy_positions']} greedy tokens, largest difference {found['largest_logprob_difference']:.1e}"

@@ -310,7 +310,13 @@ def _proven_model(request: Request, found: dict[str, Any], before: dict[str, Any
         found["parity"] = parity.not_compared(choice, found["content_sha256"])
     if found["parity"] is not None:
         return backends.make(choice, request.output)
-    wanted = parity.expected(choice)
+    try:
+        wanted = parity.expected(choice)
+    except UserError as error:
+        fix = f"{error.fix}; or use --no-parity-check"
+        raise UserError(
+            f"{choice.path} cannot be compared with another implementation: {error.what}", fix=fix
+        ) from None
     model = backends.make(choice, request.output)
     try:
         found["parity"] = parity.compare(model, wanted, choice)

@@ -64,6 +64,15 @@ def refuse_tokenless(asked: Sequence[Any], encode: Callable[[str], list[int]]) -
             )
 
 
+def refuse_beyond(ids: Sequence[int], vocabulary: int, instance: Any) -> None:
+    """UserError for a token that a model does not have, though its tokenizer does."""
+    if (largest := max(ids, default=0)) >= vocabulary:
+        raise UserError(
+            f"{place(instance)}the tokenizer gives token {largest}, the model has {vocabulary}",
+            fix="use the tokenizer that the model was trained with",
+        )
+
+
 def refuse_empty_prompt(instance: Any, ids: Sequence[int]) -> None:
     """UserError for a prompt to continue that has no tokens."""
     if not len(ids):

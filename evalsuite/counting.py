@@ -151,6 +151,7 @@ class CountingHFLM(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        settings.pop("use_cache", None)  # which HFLM gives by itself
         settings["logits_processor"] = LogitsProcessorList([_Numbers()])
         return super()._model_generate(context, max_length, stop, **settings)
 

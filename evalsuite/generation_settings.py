@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[float, float]] = {
 OF_DRAWING = ("top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "seed")
 OF_BEAMS = ("early_stopping", "length_penalty")
 WITHOUT_EFFECT = ("use_cache",)
+OF_LM_EVAL = ("pad_token_id", "return_dict_in_generate")  # which it gives to transformers itself, or needs as it is
 # Of vLLM's SamplingParams, which take 20 seconds to import, those that leave one text per prompt.
 KNOWN_TO_VLLM = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "seed", "stop_token_ids",
@@ -176,7 +177,7 @@ def _known(backend: str) -> list[str]:
         return []
     from transformers import GenerationConfig
 
-    return sorted(name for name in vars(GenerationConfig()) if not name.startswith("_"))
+    return sorted(n for n in vars(GenerationConfig()) if not n.startswith("_") and n not in OF_LM_EVAL)
 
 
 def _length(name: str, value: Any) -> int:

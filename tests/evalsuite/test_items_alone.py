@@ -18,7 +18,24 @@ from tinyllama.errors import UserError
 
 CONTEXT, GENERATED = 24, 6
 # Beginnings and ends that merge into one token, characters of several bytes, blanks, a text beyond the context, nothing.
-PIECES = ["class", "cla", "ss", " def", "de", "f", "self", " ", "  ", "\n", "é", "猫", "🙂", "def f(self):\n", "x=1;" * 30, ""]
+PIECES = [
+    "class",
+    "cla",
+    "ss",
+    " def",
+    "de",
+    "f",
+    "self",
+    " ",
+    "  ",
+    "\n",
+    "é",
+    "猫",
+    "🙂",
+    "def f(self):\n",
+    "x=1;" * 30,
+    "",
+]
 texts = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 short = st.lists(st.sampled_from([p for p in PIECES if len(p) < 9]), min_size=1, max_size=2).map("".join)
 budgets = st.sampled_from([Budget(5, 4), Budget(64, 4, True), Budget(4096, 64)])

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": str(HASH_SEED),
 }  # fmt: skip
 START_S = 30.0  # to make a program's world, on a machine that is busy
+RESERVE = 16  # processes above the limit, so that one that passes it is seen to, and ended
 ADDRESSES = 4  # times the limit on memory: threads reserve far more than they use
 WAITING = 3  # times the limit on time, when others keep the processors from a program
 PROBES = {
@@ -67,7 +68,7 @@ class Limits:
         return {
             "CPU": self.cpu_s,
             "AS": ADDRESSES * self.memory_bytes,
-            "NPROC": self.processes,
+            "NPROC": self.processes + RESERVE,
             "FSIZE": self.file_bytes,
             "NOFILE": self.open_files,
             "CORE": 1,  # bytes: with 0 a machine that hands its dumps to a program would still do so
@@ -249,6 +250,7 @@ class Sandbox:
             "secret": secrets.token_hex(32),
             "wall_s": wall_s,
             "memory_bytes": self.limits.memory_bytes,
+            "processes": self.limits.processes,
             "limits": self.limits.kernel() | {"CPU": min(self.limits.cpu_s, math.ceil(wall_s) + 1)},
             "scratch_bytes": self.limits.scratch_bytes,
             "roots": self.roots,

@@ -77,10 +77,12 @@ def _result(verdict: Verdict) -> str:
 
 
 def judge(work: Sequence[tuple[str, str]], timeout: float) -> list[Verdict]:
-    """The verdicts on programs, each with its tests."""
-    sandbox = Sandbox.shared()
+    """The verdicts on programs, each with its tests; equal ones run once."""
+    sandbox, once = Sandbox.shared(), list(dict.fromkeys(work))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda pair: sandbox.run(f"{pair[0]}\n", timeout, tests=pair[1]), work))
+        verdicts = pool.map(lambda pair: sandbox.run(f"{pair[0]}\n", timeout, tests=pair[1]), once)
+        found = dict(zip(once, verdicts, strict=True))
+    return [found[pair] for pair in work]
 
 
 def passes(program: str, timeout: float = TIMEOUT_S) -> bool:

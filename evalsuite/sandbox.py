@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": str(HASH_SEED),
 }  # fmt: skip
+TRIES = 3
 START_S = 30.0  # to make a program's world, on a machine that is busy
 RESERVE = 16  # processes above the limit, so that one that passes it is seen to, and ended
 ADDRESSES = 4  # times the limit on memory: threads reserve far more than they use
@@ -258,12 +259,18 @@ class Sandbox:
             "site": self.site,
         }
         started = time.monotonic()
-        server = self._take()
-        try:
-            found = server.ask(task, START_S + WAITING * wall_s)
-        except BaseException:
-            server.close()
-            raise
+        for left in reversed(range(TRIES)):
+            server = self._take()
+            try:
+                found = server.ask(task, START_S + WAITING * wall_s)
+                break
+            except OSError:  # ended from outside: by a machine out of memory, say
+                server.close()
+                if not left:
+                    raise
+            except BaseException:
+                server.close()
+                raise
         seconds = time.monotonic() - started
         if found is None:
             server.close()

@@ -123,14 +123,74 @@ def test_nothing_is_left_between_programs(sandbox):
     assert sandbox.run("import os\nassert not os.path.exists('/tmp/left')").passed
 
 
-def test_an_interrupted_run_leaves_no_process(sandbox):
-    """The program dies with the process that started it."""
-    code = "from evalsuite.sandbox import *\nSandbox(Limits(wall_s=60, cpu_s=60)).run('import time; time.sleep(50)  # mark')"
+def test_a_killed_evaluation_leaves_no_process():
+    """What contains programs, and the programs, end with the process that asked for them, killed while one runs."""
+    text = "import os, time; os.fork(); time.sleep(50)"
+    code = f"from evalsuite.sandbox import *\nSandbox(Limits(wall_s=60, cpu_s=60)).run({text!r})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    time.sleep(2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        for _ in range(200):
+            if len(contained()) == 3:  # process 1 of its space, the program, and what it has forked
+                break
+            time.sleep(0.1)
+        assert len(contained()) == 3
+    finally:
+        process.kill()
+        process.wait()
     assert nothing_is_left()
+    server = f"serve({process.pid})".encode()
+    for _ in range(50):
+        if not any(server in _reads(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the server lives on")
+
+
+def test_a_killed_server_is_replaced():
+    sandbox = Sandbox()
+    assert sandbox.run("").passed
+    os.kill(sandbox._servers[0].process.pid, signal.SIGKILL)
+    assert sandbox.run("").passed
+    sandbox.close()
+
+
+def test_limits_on_time_are_told_apart_from_failures():
+    sandbox = Sandbox(Limits(wall_s=20.0, cpu_s=1))
+    assert "timed out: stopped after 1 s of processor time" in sandbox.run("while True:\n    pass").reason
+    ignoring = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass"
+    assert "timed out: stopped after 1 s of processor time" in sandbox.run(ignoring).reason
+    assert "timed out: stopped after 0.5 s" in sandbox.run("import time\ntime.sleep(9)", 0.5).reason
+    assert "exit code 3 before its tests were over" in sandbox.run("import os\nos._exit(3)").reason
+    assert "SIGSEGV" in sandbox.run("import ctypes\nctypes.string_at(0)").reason
+    sandbox.close()
+    assert Limits().cpu_s == Limits().wall_s == 10
+
+
+def test_a_verdict_does_not_depend_on_the_run():
+    sandbox = Sandbox()
+    program = "order = list({'apple', 'pear', 'plum', 'fig'})\nassert order[0] == 'apple'"
+    assert len({sandbox.run(program).passed for _ in range(6)}) == 1
+    assert sandbox.record()["hash_seed"] == 0
+    sandbox.close()
+
+
+def test_nothing_passes_from_program_to_program():
+    """Neither by what a program leaves in the kernel nor in the memory of what later programs are forked from."""
+    sandbox = Sandbox()
+    mark = "mark_" + os.urandom(6).hex()
+    assert sandbox.run(
+        f"{mark} = '{mark}'\nopen('/dev/shm/{mark}', 'w').write('x')\nopen('{mark}', 'w').close()"
+    ).passed
+    seen = (
+        "import os, gc\nfound = os.listdir('/tmp') + os.listdir('/dev/shm') + list(os.environ)\n"
+        "for o in gc.get_objects():\n    if type(o) is dict:\n        found += [k for k in list(o) if type(k) is str]\n"
+        "assert not any(name.startswith('mark' + '_') for name in found), found"
+    )
+    assert sandbox.run(seen).passed, sandbox.run(seen).reason
+    abstract = "import socket\ns = socket.socket(socket.AF_UNIX)\ns.{0}('\\0' + 'mark')"
+    assert sandbox.run(abstract.format("bind") + "\nif not s.getsockname():\n    raise ValueError").passed
+    assert "ConnectionRefused" in sandbox.run(abstract.format("connect")).reason
+    sandbox.close()
 
 
 def test_real_humaneval_solutions_pass_and_wrong_ones_fail(sandbox):

@@ -9,6 +9,7 @@ from tinyllama.errors import ConfigError
 
 # Of the NVIDIA driver, of WSL's and of AMD's: without any of them torch need not be imported to find no GPU.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+MOST_RANKS_A_CPU = 4  # each of them is a process with a model
 HIDDEN = -1  # an id of CUDA_VISIBLE_DEVICES that is no GPU, and hides all after it
 
 
@@ -48,9 +49,15 @@ def hide_gpus_if_unwanted() -> None:
 
 
 def refuse_too_many(ranks: int, gpus: int) -> None:
-    """ConfigError if a machine is to run more ranks than it has GPUs; without a GPU, ranks share the processor."""
+    """ConfigError if a machine is to run more ranks than it has GPUs; without a GPU, ranks share the processors."""
     if 0 < gpus < ranks:
         raise ConfigError(
             f"{ranks} ranks on a machine with {gpus} GPU{'s' if gpus > 1 else ''}",
             fix=f"give --num-accelerators {gpus}, or let CUDA_VISIBLE_DEVICES name more of them",
+        )
+    cpus = os.cpu_count() or 1
+    if not gpus and ranks > max(MOST_RANKS_A_CPU * cpus, 8):
+        raise ConfigError(
+            f"{ranks:,} ranks on a machine without a GPU and with {cpus} processors",
+            fix=f"give --num-accelerators {max(1, cpus // 2)}; --dry-run needs no hardware",
         )

@@ -11,6 +11,7 @@ from tinyllama import hardware
 
 if TYPE_CHECKING:
     from train.nodes import Nodes
+    from train.recipe import Recipe
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -28,6 +29,9 @@ def train_command(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from these weights: a Hugging Face Llama directory, or a checkpoint.")
     ] = None,
+    allow_rate_jump: Annotated[
+        bool, typer.Option("--allow-rate-jump", help="Resume though the learning rate jumps up where the run goes on.")
+    ] = False,
     setting: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe.")] = [],  # noqa: B006
     eval_every: Annotated[
         int | None, typer.Option(help="Score the model by the recipe's lm-eval tasks every so many steps.")
@@ -77,14 +81,15 @@ def train_command(
 
     from rich.console import Console
 
-    from tinyllama import checkpoint, locks
+    from tinyllama import locks
     from tinyllama.errors import ConfigError
-    from train import accelerators, profiling, start
+    from train import accelerators, before_launch, profiling
     from train import launch as launching
     from train import plan as planning
+    from train.metrics import take_monitors
     from train.nodes import Nodes
     from train.recipe import load_recipe
-    from train.state import refuse_other_run
+    from train.schedule import describe as describe_schedule
     from train.terminal import Lasting
 
     if eval_every is not None:
@@ -95,20 +100,25 @@ def train_command(
         raise ConfigError(f"--resume {resume}", fix="give auto, never or must")
     if profile is not None:
         profiling.parse(profile)
-    if num_accelerators is not None and num_accelerators < 1:
-        raise ConfigError(f"--num-accelerators {num_accelerators}", fix="give 1 or more")
+    for option, value in (("--num-accelerators", num_accelerators), ("--nodes", nodes)):
+        if value is not None and not 1 <= value <= 1_000_000:
+            raise ConfigError(f"{option} {value}", fix="give a number from 1 to 1,000,000")
     config = Path(deepspeed)
     if not config.exists() and (CONFIGS / f"{config.name}.json").exists():
         config = CONFIGS / f"{config.name}.json"
     wanted = load_recipe(recipe, setting)
     raw = planning.read_deepspeed(config)
+    take_monitors(raw, output)
+    before_launch.check_output(output)
     if dry_run:
         import json
 
         from train.dry_run import describe, show
 
         each = num_accelerators or 1
-        found = describe(wanted, raw, data, each * nodes, device, mfu, gigabytes_per_s, each)
+        found = describe(wanted, raw, data, each * nodes, device, mfu, gigabytes_per_s, each, tokenizer)
+        rate_changes = check_start(wanted, output, resume, found.pop("mixture_sha256"), init_from, allow_rate_jump)
+        found["notes"] = [rate_changes] if rate_changes else []
         print(json.dumps(found)) if as_json else show(found)
         return
     several = find_nodes(nodes, node_rank, master, num_accelerators)
@@ -130,24 +140,21 @@ def train_command(
         lock = context.with_resource(locks.held(locks.inside(output), output, job))
     else:
         locks.refuse_another(locks.inside(output), output, job)
-    mixture = planning.open_mixture(wanted, data)
-    resumed = checkpoint.list_checkpoints(output)[-1:] if resume != "never" else []
-    if init_from and not resumed:
-        start.check(init_from, wanted.model)
-    for _, newest in resumed:
-        # Checked again by the run itself, with the checksums; here it costs no launch.
-        old = checkpoint.read_json(newest / "state.json")
-        refuse_other_run(old, {"recipe": wanted.to_dict(), "mixture_sha256": mixture.sha256}, newest)
-        start.refuse_other_start(old.get("init_from"), str(init_from) if init_from else None, newest)
+    mixture = before_launch.check_data(wanted, data, tokenizer)
+    rate_changes = check_start(wanted, output, resume, mixture.sha256, init_from, allow_rate_jump)
     console = Console(highlight=False, quiet=several is not None and several.rank > 0)
-    steps, batch = planning.num_steps(wanted), wanted.training.batch_tokens
+    steps, batch = wanted.num_steps, wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")
     for name, epochs in mixture.epochs(steps * (batch // wanted.data.sequence_length)).items():
         console.print(f"  {name}: {epochs:.3f} epochs", markup=False)
+    console.print(describe_schedule(wanted), markup=False)
+    if rate_changes:
+        console.print(rate_changes, style="yellow", markup=False)
 
     script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
     script += ["--recipe", recipe] if recipe else []
     script += ["--init-from", str(init_from)] if init_from else []
+    script += ["--allow-rate-jump"] if allow_rate_jump else []
     script += ["--inject", inject] if inject else []
     script += ["--profile", profile] if profile is not None else []
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
@@ -163,6 +170,24 @@ def train_command(
     for name in ("stdout", "stderr"):
         setattr(sys, name, Lasting(getattr(sys, name)))
     sys.exit(launching.launch(command, script, output, lock))
+
+
+def check_start(
+    recipe: Recipe, output: Path, resume: str, mixture_sha256: str | None, init_from: Path | None, allow_jump: bool
+) -> str | None:
+    """Refuse the checkpoint or the weights that a run cannot go on from; one line where the rate changes with it.
+
+    The run itself compares every byte of a checkpoint as well, and goes on from an older one where a shard is damaged.
+    """
+    from tinyllama import checkpoint
+    from train import before_launch, start
+
+    found = before_launch.choose_checkpoint(output, resume, checkpoint.inspect)
+    if found is None:
+        if init_from:
+            start.check(init_from, recipe.model)
+        return None
+    return before_launch.check_resume(found, recipe, mixture_sha256, init_from, allow_jump)
 
 
 def find_nodes(nodes: int, node_rank: int | None, master: str | None, num_accelerators: int | None) -> Nodes | None:

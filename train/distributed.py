@@ -12,9 +12,13 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from tinyllama.errors import UserError
+
+T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -66,3 +70,19 @@ def init_distributed(deepspeed_config: dict[str, Any]) -> None:
     deepspeed.init_distributed(verbose=False)
     dist.barrier()  # every rank has opened the buffers of all others
     _own_buffer().unlink(missing_ok=True)
+
+
+def from_rank_0(make: Callable[[], T], control: Any) -> T:
+    """What `make` gives on rank 0, on every rank of the group `control`; a UserError that it raises is raised by all."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [make()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found, group=control)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from tinyllama import hardware
-from tinyllama.errors import ConfigError, DataError
+from tinyllama.errors import ConfigError
+from train import before_launch
 from train import estimate as estimating
 from train import plan as planning
 from train.recipe import Recipe
+from train.schedule import describe as describe_schedule
 
 
 def describe(
@@ -26,13 +29,14 @@ def describe(
     mfu: float,
     gigabytes_per_s: float,
     ranks_per_node: int | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """The resolved configurations, the batch, epochs of each source, and the estimate, JSON-ready.
 
-    `epochs` is None, and `data_note` says why, where the stores are not there yet. ConfigError for impossible numbers.
+    `epochs` is None, and `data_note` says why, where the stores are not there yet. What the run would refuse is refused.
     """
     limits = hardware.named(device)
-    if not 0 < mfu <= 1 or gigabytes_per_s <= 0:
+    if not 0 < mfu <= 1 or not 0 < gigabytes_per_s < math.inf:
         raise ConfigError(
             f"--mfu {mfu:g}, --gigabytes-per-s {gigabytes_per_s:g}",
             fix="give --mfu above 0, up to 1, and a speed above 0",
@@ -41,19 +45,20 @@ def describe(
         raise ConfigError(f"--num-accelerators {ranks}", fix="give 1 or more")
     free = int(limits.memory_bytes)
     resolved, batch = planning.resolve_deepspeed(deepspeed, recipe, ranks, ranks_per_node, free)
-    epochs, note = None, None
-    try:
-        mixture = planning.open_mixture(recipe, data)
-        epochs = mixture.epochs(planning.num_steps(recipe) * batch.sequences)
-    except DataError as error:
-        note = str(error)
+    epochs, mixture = None, None
+    if not (note := planning.missing_store(recipe, data)):
+        mixture = before_launch.check_data(recipe, data, tokenizer)
+        epochs = mixture.epochs(recipe.num_steps * batch.sequences)
     zero = resolved["zero_optimization"]
     return {
         "recipe": recipe.to_dict(),
         "deepspeed": resolved,
         "batch": {**dataclasses.asdict(batch), "text": str(batch)},
         "memory": planning.describe_memory(resolved, recipe, batch, free),
-        "steps": planning.num_steps(recipe),
+        "steps": recipe.num_steps,
+        "schedule": describe_schedule(recipe),
+        "warmup_steps": recipe.warmup_steps,
+        "mixture_sha256": mixture.sha256 if mixture else None,
         "epochs": epochs,
         "data_note": note,
         "estimate": estimating.estimate(
@@ -81,6 +86,9 @@ def show(found: dict[str, Any]) -> None:
     console, numbers = Console(highlight=False, soft_wrap=True), found["estimate"]
     console.print(f"{numbers['parameters']:,} parameters, {numbers['tokens']:,} tokens in {found['steps']:,} steps")
     console.print(found["batch"]["text"])
+    console.print(found["schedule"], markup=False)
+    for note in found.get("notes", []):
+        console.print(note, style="yellow", markup=False)
     console.print(found["memory"])
     conventions = ", ".join(f"{value / 1e9:.3f} ({name})" for name, value in numbers["flops_per_token"].items())
     console.print(f"GFLOPs per token: {conventions}; {numbers['total_flops']:.3e} FLOPs in all")

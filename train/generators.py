@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama import checkpoint
+from tinyllama.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,10 @@ def restore(directory: Path, rank: int) -> None:
     """Set the generators as `rank` had them; left as they are where more ranks continue than saved."""
     path = directory / file_name(rank)
     if path.exists():
-        write_state(checkpoint.read_json(path))
+        try:
+            write_state(checkpoint.read_json(path))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} holds no generators ({error})", fix="use another checkpoint") from None
 
 
 def write_state(state: dict[str, Any]) -> None:

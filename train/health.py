@@ -33,8 +33,10 @@ class UnhealthyRunError(Exception):
 class LossGuard:
     """The losses of the last steps, and what they say of the next one."""
 
-    def __init__(self, config: HealthConfig, device: torch.device, window: list[float], spikes: list[dict]) -> None:
-        """window, spikes: of the checkpoint that the run goes on from."""
+    def __init__(
+        self, config: HealthConfig, device: torch.device, window: list[float], spikes: list[dict], step: int = 0
+    ) -> None:
+        """window, spikes: of the checkpoint that the run goes on from, of `step`."""
         import torch
 
         self.config, self.spikes = config, list(spikes)
@@ -44,7 +46,10 @@ class LossGuard:
         self._unread: list[tuple[dict[str, int], Tensor]] = []
         self._losses: list[float] = []
         self._news: list[dict[str, Any]] = []
-        self._in_a_row = 0
+        self._in_a_row = 0  # skipped steps up to this one
+        skipped = {spike["step"] for spike in spikes if spike["action"] == "skip"}
+        while step - self._in_a_row in skipped:
+            self._in_a_row += 1
 
     def veto(self, loss: Tensor, step: int, batch: int) -> Tensor:
         """0 if the optimizer may move, NaN if not; a device scalar, as is `loss`. Waits for nothing."""

@@ -1,13 +1,16 @@
 """Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,oom@0,hold=forward@6`.
 
 The number is that of the batch (of the step, for a hold). A rank that is held waits in the phase, from its beginning, until
-RUN/go-on is there, and says so by RUN/held-RANK. Without the option nothing here does anything.
+RUN/go-on is there, and says so by RUN/held-RANK. stop sends the ranks a SIGTERM. Without the option nothing here
+does anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import signal
 import time
 
 from tinyllama.errors import ConfigError
@@ -25,6 +28,7 @@ class Injection:
     frozen_from: int | None
     holds: tuple[tuple[str, int], ...]
     out_of_memory: int | None = None
+    stop: int | None = None
 
     def loss_factor(self, batch: int) -> float:
         """What the losses of a batch are multiplied with: 1."""
@@ -32,6 +36,8 @@ class Injection:
             import torch
 
             raise torch.OutOfMemoryError("injected")
+        if batch == self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
         return self.factors.get(batch, 1.0)
 
     def lr_factor(self, batch: int) -> float:
@@ -52,18 +58,22 @@ class Injection:
 
 def parse(text: str) -> Injection:
     """The faults in a comma-separated list; ConfigError on anything else."""
-    factors, frozen_from, holds, out_of_memory = {}, None, [], None
+    factors, frozen_from, holds, out_of_memory, stop = {}, None, [], None, None
     for fault in filter(None, text.split(",")):
         name, _, number = fault.partition("@")
         kind, _, phase = name.partition("=")
-        if not number.isdecimal() or kind not in (*LOSS_FACTORS, "frozen", "oom", "hold"):
-            raise ConfigError(f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7 or hold=forward@7")
+        if not number.isdecimal() or kind not in (*LOSS_FACTORS, "frozen", "oom", "stop", "hold"):
+            raise ConfigError(
+                f"--inject {fault}", fix="write nan@7, inf@7, spike@7, frozen@7, oom@7, stop@7 or hold=forward@7"
+            )
         if kind in LOSS_FACTORS:
             factors[int(number)] = LOSS_FACTORS[kind]
         elif kind == "frozen":
             frozen_from = int(number)
         elif kind == "oom":
             out_of_memory = int(number)
+        elif kind == "stop":
+            stop = int(number)
         else:
             holds.append((phase, int(number)))
-    return Injection(factors, frozen_from, tuple(holds), out_of_memory)
+    return Injection(factors, frozen_from, tuple(holds), out_of_memory, stop)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinyllama import hardware
 from tinyllama.data.loader import Mixture, Source
-from tinyllama.errors import ConfigError, DataError, nearest
+from tinyllama.errors import ConfigError, DataError
 from tinyllama.model.config import ModelConfig
+from train.deepspeed_json import read_deepspeed as read_deepspeed
 from train.estimate import (
     USABLE,
     Memory,
@@ -33,14 +34,6 @@ from train.recipe import Recipe
 MICRO_BATCH_TOKENS = 16384
 # More at once makes nothing faster, and tensors of more than 2^31 elements are beyond what many kernels index.
 MAX_MICRO_BATCH_TOKENS = 131072
-# What a DeepSpeed JSON may say beside what the recipe decides. DeepSpeed itself ignores a misspelt name in silence.
-DEEPSPEED_KEYS = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("bf16", "data_types", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "compile", "aio"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "timers", "log_level"),
-    *("wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state", "disable_python_gc"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,30 +102,6 @@ def plan_batch(
     return BatchPlan(micro, share // micro, ranks, length)
 
 
-def read_deepspeed(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON, refused where it says what the recipe decides."""
-    try:
-        config = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"DeepSpeed JSON {path} does not exist", fix="use ds_configs/zero3.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"DeepSpeed JSON {path} is not JSON ({error})", fix="correct the file") from None
-    for section in ("optimizer", "scheduler"):
-        if section in config:
-            raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
-    for key in config:
-        if key not in DEEPSPEED_KEYS:
-            raise ConfigError(
-                f"{path}: {key!r} is not a setting for this training", fix=nearest(key, list(DEEPSPEED_KEYS))
-            )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ConfigError(
-            f"{path}: zero_optimization.stage={stage}", fix="give 1, 2 or 3; stage 1 on one rank is plain"
-        )
-    return config
-
-
 def resolve_deepspeed(
     config: dict[str, Any],
     recipe: Recipe,
@@ -153,8 +122,16 @@ def resolve_deepspeed(
         zero.get("zero_hpz_partition_size", 1) == "auto"
     ):  # a second copy of the weights in each machine; 1 where one only
         zero["zero_hpz_partition_size"] = ranks_per_node if ranks_per_node and ranks_per_node < ranks else 1
-    given = resolved.get("train_micro_batch_size_per_gpu", "auto")
-    micro = recipe.training.micro_batch_sequences or (None if given == "auto" else given)
+    if ranks % (parts := zero.get("zero_hpz_partition_size", 1)):
+        raise ConfigError(
+            f"DeepSpeed JSON: zero_hpz_partition_size={parts} does not divide {ranks} ranks", fix='set it to "auto"'
+        )
+    given, micro = resolved.get("train_micro_batch_size_per_gpu", "auto"), recipe.training.micro_batch_sequences
+    if micro and given not in ("auto", micro):
+        raise ConfigError(
+            f"DeepSpeed JSON: train_micro_batch_size_per_gpu={given}, the recipe gives {micro}", fix='set it to "auto"'
+        )
+    micro = micro or (None if given == "auto" else given)
     wanted, stage, offload = recipe.training.reduce_once, zero["stage"], "offload_optimizer" in zero
 
     def fits(micro: int, once: bool) -> bool:
@@ -284,18 +261,23 @@ def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
     return [(path, value)]
 
 
-def sources(recipe: Recipe, data: str | Path) -> list[Source]:
-    """The recipe's sources as stores below the data folder; one line says how to make what is missing."""
-    found = []
+def missing_store(recipe: Recipe, data: str | Path) -> str | None:
+    """Which of the recipe's token stores is not there, and how to make it; None if all are."""
     for source in recipe.data.sources:
         directory = Path(data) / (source.store or source.name)
-        if not (directory / "manifest.json").exists():
-            raise DataError(
-                f"no token store for source {source.name!r} at {directory}",
-                fix=f"tinyllama data prepare INPUT... --output {directory} --tokenizer FILE",
+        if not os.path.lexists(directory / "manifest.json"):
+            return (
+                f"no token store for source {source.name!r} at {directory}; "
+                f"tinyllama data prepare INPUT... --output {directory} --tokenizer FILE"
             )
-        found.append(Source(source.name, directory, source.weight))
-    return found
+    return None
+
+
+def sources(recipe: Recipe, data: str | Path) -> list[Source]:
+    """The recipe's sources as stores below the data folder; one line says how to make what is missing."""
+    if missing := missing_store(recipe, data):
+        raise DataError(missing)
+    return [Source(s.name, Path(data) / (s.store or s.name), s.weight) for s in recipe.data.sources]
 
 
 def open_mixture(recipe: Recipe, data: str | Path) -> Mixture:
@@ -306,12 +288,7 @@ def open_mixture(recipe: Recipe, data: str | Path) -> Mixture:
             f"the stores' tokenizer has {mixture.vocab_size} pieces, model.vocab_size={recipe.model.vocab_size}",
             fix="prepare the data with the recipe's tokenizer, or set model.vocab_size",
         )
-    samples = num_steps(recipe) * (recipe.training.batch_tokens // recipe.data.sequence_length)
+    samples = recipe.num_steps * (recipe.training.batch_tokens // recipe.data.sequence_length)
     mixture.check_epochs(samples, recipe.data.max_epochs)
     mixture.check_sizes()
     return mixture
-
-
-def num_steps(recipe: Recipe) -> int:
-    """Optimizer steps of the whole run: its tokens over its batch, rounded up."""
-    return -(-recipe.training.tokens // recipe.training.batch_tokens)

@@ -40,14 +40,14 @@ if __name__ == "__main__":
 
 from tinyllama import host_memory, locks, processes  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
-from tinyllama.data.loader import HeldOut, Mixture  # noqa: E402
-from tinyllama.errors import CheckpointError, ConfigError, UserError  # noqa: E402
-from train import accelerators, memory, profiling, start  # noqa: E402
+from tinyllama.data.loader import HeldOut  # noqa: E402
+from tinyllama.errors import ConfigError, UserError  # noqa: E402
+from train import accelerators, before_launch, memory, profiling, start  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.accumulation import Accumulation  # noqa: E402
 from train.batch import host_arrays  # noqa: E402
 from train.determinism import make_deterministic  # noqa: E402
-from train.distributed import init_distributed  # noqa: E402
+from train.distributed import from_rank_0, init_distributed  # noqa: E402
 from train.feed import Feed  # noqa: E402
 from train.health import FrozenWeights, LossGuard, SpikeLedger, UnhealthyRunError, fingerprint  # noqa: E402
 from train.heartbeat import GRACE_S, HUNG, Heartbeat, Watchdog, code_of_a_peer, stack_file  # noqa: E402
@@ -55,6 +55,7 @@ from train.injection import parse as parse_injection  # noqa: E402
 from train.metrics import take_monitors  # noqa: E402
 from train.recipe import Recipe, load_recipe  # noqa: E402
 from train.saver import SaveError, Saver, clear_partial  # noqa: E402
+from train.schedule import describe as describe_schedule  # noqa: E402
 from train.schedule import learning_rate  # noqa: E402
 from train.terminal import Lasting  # noqa: E402
 
@@ -77,6 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model to keep with the checkpoints")
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
     parser.add_argument("--init-from", metavar="DIR", help="start from these weights: Hugging Face Llama or checkpoint")
+    parser.add_argument("--allow-rate-jump", action="store_true", help="resume though the learning rate jumps up")
     parser.add_argument("--profile", nargs="?", const=profiling.DEFAULT, metavar="FIRST:COUNT", help=profiling.HELP)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
     parser.add_argument("--inject", default="", help=argparse.SUPPRESS)  # faults: see train/injection.py
@@ -96,20 +98,6 @@ def hold_directory(output: Path, token: str | None) -> str:
     if (record := locks.read(path)).get("token") != token:
         raise ConfigError(f"{output} has been taken by {record.get('command')}", fix="start one run in a directory")
     return token
-
-
-def find_tokenizer(given: str | None, data: str, mixture: Mixture) -> Path | None:
-    """The tokenizer.model that made the data: given, or beside the stores. Its checksum must be the stores'."""
-    from tinyllama.data.store import file_sha256
-
-    path = Path(given) if given else Path(data) / "tokenizer.model"
-    if not path.exists():
-        if given:
-            raise ConfigError(f"tokenizer {given} does not exist", fix="give the tokenizer.model that made the data")
-        return None
-    if file_sha256(path) != mixture.tokenizer_sha256:
-        raise ConfigError(f"tokenizer {path} did not make these stores", fix="give the tokenizer.model that did")
-    return path
 
 
 def parameter_groups(model, recipe: Recipe) -> list[dict]:
@@ -148,8 +136,9 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     token = hold_directory(output, arguments.lock) if rank == 0 else ""
     deepspeed_config, plan = planning.resolve_deepspeed(given_config, recipe, ranks, ranks_per_node)
     mixture = planning.open_mixture(recipe, arguments.data)
-    tokenizer = find_tokenizer(arguments.tokenizer, arguments.data, mixture)
+    tokenizer = before_launch.find_tokenizer(arguments.tokenizer, arguments.data, mixture)
     held_out = [HeldOut(source, recipe.data.sequence_length) for source in mixture.sources]
+    before_launch.check_output(output)
     separator = mixture.separator_id if recipe.data.document_masking else None
     injection = parse_injection(arguments.inject)
     profiled = profiling.parse(arguments.profile) if arguments.profile is not None else None
@@ -191,6 +180,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         peak_memory_bytes,
     )
     from train.proof import Proof
+    from train.text_bytes import TextBytes
     from train.validation import validate
 
     if torch.cuda.is_available():
@@ -225,21 +215,14 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         "versions": saved.versions(),
         "git": saved.commit() if rank == 0 else {},
     }
-    found = None
     if rank == 0:
         clear_partial(output)
-    if arguments.resume != "never":
-        # Rank 0 reads every byte for the checksums; the others take its word.
-        chosen = [saved.newest_valid(output, lambda text: print(text, file=sys.stderr)) if rank == 0 else None]
-        dist.broadcast_object_list(chosen, group=control)
-        found = chosen[0]
-        if found is None and arguments.resume == "must":
-            raise CheckpointError(f"{output} has no valid checkpoint", fix="check --output, or use --resume auto")
-    elif checkpoint.list_checkpoints(output):
-        raise CheckpointError(f"{output} has checkpoints", fix="give another --output, or use --resume auto")
+    # Rank 0 reads every byte for the checksums; the others take its word.
+    found = from_rank_0(lambda: before_launch.choose_checkpoint(output, arguments.resume), control)
+    rate_changes = None
     if found:
-        saved.refuse_other_run(found[1], state, found[0])
-        start.refuse_other_start(found[1].get("init_from"), arguments.init_from, found[0])
+        allowed = arguments.allow_rate_jump
+        rate_changes = before_launch.check_resume(found, recipe, mixture.sha256, arguments.init_from, allowed)
         state["init_from"] = found[1].get("init_from")
         state.update({key: found[1].get(key, start) for key, start in progress.items()})
     if free is not None:  # with a GPU its memory decides
@@ -255,12 +238,10 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     if found:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))
     elif arguments.init_from:
-        origin = Path(arguments.init_from).resolve()
-        start.check(origin, recipe.model)
+        asked = Path(arguments.init_from).resolve()
         # One rank reads every byte for the checksums before any trusts the weights.
-        checked = [start.sha256(origin) if rank == 0 else None]
-        dist.broadcast_object_list(checked, group=control)
-        state["init_from"] = {"path": str(origin), "sha256": checked[0]}
+        origin, digest = from_rank_0(lambda: start.chosen(asked, recipe.model), control)
+        state["init_from"] = {"path": str(asked), "sha256": digest}
         fill(model, start.tensors(origin), str(origin))
     else:
         model.initialize(recipe.training.seed)
@@ -293,14 +274,14 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         saved.load_optimizer(engine, found[0], state["optimizer_steps"])
         generators.restore(found[0], rank)
     elif arguments.init_from:
-        saved.load_masters(engine, start.tensors(Path(arguments.init_from)))
+        saved.load_masters(engine, start.tensors(origin))
     forward = {"separator_id": separator, "device": device, "beat": beat}
     proof = Proof(engine, mixture, held_out, plan.micro, forward) if recipe.checkpoint.proof else None
     if proof and found and "proof" in found[1]:
         proof.check(found[1]["proof"], (state["step"] + state["data_offset"]) * plan.sequences, found[0])
 
     # -- Run directory, console -------------------------------------------------------------------------------------
-    total_steps = planning.num_steps(recipe)
+    total_steps = recipe.num_steps
     flops = recipe.model.flops_per_token(recipe.data.sequence_length)
     peak, peak_source = peak_flops()
     console = TrainingConsole(rank == 0, recipe.training.tokens, state["tokens"])
@@ -315,6 +296,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             "device": device_name(),
             "num_parameters": recipe.model.num_parameters,
             "total_steps": total_steps,
+            "warmup_steps": recipe.warmup_steps,
             "flops_per_token": flops,
             "peak_flops": peak if math.isfinite(peak) else None,
             "peak_flops_source": peak_source,
@@ -335,6 +317,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         ledger = SpikeLedger(output / "spikes.jsonl", state["spikes"])
         monitors = Monitors(monitor_sections)
     console.print(f"{recipe.model.num_parameters:,} parameters, {total_steps:,} steps of {plan}")
+    console.print(describe_schedule(recipe))
     for line in planning.start_lines(deepspeed_config, recipe, plan, free, device_name()):
         console.print(escape(line))
     console.print(kernel_table(choices))
@@ -348,13 +331,16 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         else "starting from new weights"
     )
     console.print(f"[green]resumed[/] from {escape(str(found[0]))}" if found else began)
+    if rate_changes:
+        console.print(f"[yellow]{escape(rate_changes)}[/]")
 
-    guard = LossGuard(recipe.health, device, state["loss_window"], state["spikes"])
+    guard = LossGuard(recipe.health, device, state["loss_window"], state["spikes"], state["step"])
     frozen = FrozenWeights(recipe.health.frozen_after_steps)
     evaluation = Evaluation(recipe, engine, tokenizer, control, beat) if recipe.evaluation.every_steps else None
     saver = Saver(output, recipe.checkpoint, tokenizer, control, beat)
     if rank == 0 and (shortage := saver.shortage(recipe.model.num_parameters, state["step"], total_steps)):
         console.print(f"[yellow]{escape(shortage)}[/]")
+    text_bytes = TextBytes(tokenizer)
     gradients = Accumulation(engine, plan.reduce_once)
     feed = Feed(
         lambda batch, n: host_arrays(*mixture.fetch(plan.samples(batch, rank, n)), separator), plan.accumulation, device
@@ -397,11 +383,16 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         nonlocal guard, metrics
         beat("rewind")
         saver.wait()
-        chosen = [saved.newest_valid(output, lambda text: print(text, file=sys.stderr)) if rank == 0 else None]
-        dist.broadcast_object_list(chosen, group=control)
-        if chosen[0] is None:
+        # To one that the undisturbed run has too: a signal's, of a step between, would leave out other batches.
+        chosen = from_rank_0(
+            lambda: checkpoint.newest_whole(
+                output, among=lambda at: at <= state["step"] and at % recipe.checkpoint.every_steps == 0
+            ),
+            control,
+        )
+        if chosen is None:
             raise UnhealthyRunError("a loss spike before the first checkpoint: there is nothing to rewind to")
-        directory, old = chosen[0]
+        directory, old = chosen
         guard.spikes[-1].update(to=old["step"], left_out=[old["step"] + old["data_offset"], batch])
         report_spikes()
         spikes = guard.spikes
@@ -412,7 +403,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
         saved.load_weights(engine, directory)
         saved.load_optimizer(engine, directory, state["optimizer_steps"])
         host_memory.trim()
-        guard = LossGuard(recipe.health, device, state["loss_window"], spikes)
+        guard = LossGuard(recipe.health, device, state["loss_window"], spikes, state["step"])
         if metrics:
             metrics.close()
             metrics = MetricsFile(output / "metrics.jsonl", state["step"])
@@ -501,15 +492,17 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
 
         # -- Validate ---------------------------------------------------------------------------------------------
         if (step + 1) % recipe.validation.every_steps == 0 or last:
-            results = validate(engine, held_out, recipe.validation.max_sequences, micro=plan.micro, **forward)
+            windows = recipe.validation.max_sequences
+            results = validate(engine, held_out, windows, text_bytes, micro=plan.micro, **forward)
             if metrics and monitors:
                 metrics.write({"step": step + 1, "tokens": state["tokens"], "validation": results})
                 monitors.write("validation", step + 1, results)
             for name, result in results.items():
-                console.print(
-                    f"step {step + 1}: validation {escape(name)}: loss {result['loss']:.4f}, "
-                    f"{result['bits_per_byte']:.4f} bits per byte"
+                bits = result["bits_per_byte"]
+                shown = (
+                    "bits per byte unknown without a tokenizer.model" if bits is None else f"{bits:.4f} bits per byte"
                 )
+                console.print(f"step {step + 1}: validation {escape(name)}: loss {result['loss']:.4f}, {shown}")
             host_memory.trim()
             logged_at = time.perf_counter()
 

@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllama import strict_json
 from tinyllama.errors import ConfigError, nearest
 from tinyllama.model.config import ModelConfig
+from train import ranges
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "tinyllama_1.1b.json"
-SPIKE_POLICIES = ("warn", "skip", "rewind")
-SCHEDULES = ("cosine", "wsd")
-DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
-COMPILE = ("block", "whole")
-PRECISIONS = ("bf16", "fp8")
-KERNELS = {  # names; what they need and which is chosen by itself: tinyllama/model/kernels.py
-    "attention": ("flash-attn-4", "flash-attn-3", "flash-attn-2", "cudnn", "flex", "sdpa", "blocked"),
-    "norm": ("liger", "torch"),
-    "rotary": ("liger", "torch"),
-    "swiglu": ("liger", "torch"),
-    "loss": ("liger", "chunked"),
-}
+MAX_WARMUP_STEPS, WARMUP_SHARE = 2000, 0.1  # where a recipe leaves the warm-up open: TinyLlama's, or so much of the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +88,14 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW and its schedule (`train/schedule.py`). Norms and the input embedding have no weight decay.
 
-    schedule: "cosine" or "wsd" (warmup, stable, decay). Of wsd: the rate falls over the last decay_frac of the tokens, as
-    decay_shape says: "linear", "cosine" or "1-sqrt".
+    warmup_steps: 2,000, but at most 10% of the run's steps, when null. schedule: "cosine" or "wsd" (warmup, stable, decay).
+    Of wsd: the rate falls over the last decay_frac of the tokens, as decay_shape says: "linear", "cosine" or "1-sqrt".
+    grad_clip: of the gradient's norm; 0 does not clip.
     """
 
     lr: float = 4e-4
     min_lr: float = 4e-5
-    warmup_steps: int = 2000
+    warmup_steps: int | None = None
     schedule: str = "cosine"
     decay_frac: float = 0.2
     decay_shape: str = "1-sqrt"
@@ -171,8 +164,9 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole training run, independent of the hardware."""
+    """A whole training run, independent of the hardware. note: for people, such as where its numbers are from."""
 
+    note: str | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -183,49 +177,56 @@ class Recipe:
     health: HealthConfig = HealthConfig()
 
     def __post_init__(self) -> None:
-        opt = self.optimizer
-        if not 0 <= opt.min_lr < opt.lr:
-            raise ConfigError(f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr")
-        if not 0 < opt.decay_frac <= 1:
-            raise ConfigError(f"optimizer.decay_frac={opt.decay_frac} is not in (0, 1]", fix="correct the recipe")
-        positive = {
-            "data.sequence_length": self.data.sequence_length,
-            "data.max_epochs": self.data.max_epochs,
-            "training.tokens": self.training.tokens,
-            "training.batch_tokens": self.training.batch_tokens,
-            "training.log_every_steps": self.training.log_every_steps,
-            "validation.every_steps": self.validation.every_steps,
-            "evaluation.every_steps": self.evaluation.every_steps,
-            "evaluation.limit": self.evaluation.limit,
-            "evaluation.batch_size": self.evaluation.batch_size,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps,
-            **{f"health.{k}": v for k, v in dataclasses.asdict(self.health).items() if k != "on_spike"},
-        }
-        for key, value in positive.items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"{key}={value} is not above zero", fix="correct the recipe")
+        ranges.check(self)
+        self._check_schedule()
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length} is above "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}",
                 fix="raise max_position_embeddings",
             )
-        named: list[tuple[str, str | None, tuple[str, ...]]] = [
-            ("health.on_spike", self.health.on_spike, SPIKE_POLICIES),
-            ("optimizer.schedule", opt.schedule, SCHEDULES),
-            ("optimizer.decay_shape", opt.decay_shape, DECAY_SHAPES),
-            ("training.compile", self.training.compile, COMPILE),
-            ("training.precision", self.training.precision, PRECISIONS),
-            *((f"training.kernels.{k}", getattr(self.training.kernels, k), names) for k, names in KERNELS.items()),
-        ]
-        for key, name, valid in named:
-            if name is not None and name not in valid:
-                raise ConfigError(f"{key}={name!r}", fix=nearest(name, list(valid)))
+        every, keep = self.checkpoint.every_steps, self.checkpoint.keep_every_steps
+        if keep is not None and keep % every:
+            raise ConfigError(
+                f"checkpoint.keep_every_steps={keep} is not a multiple of checkpoint.every_steps={every}",
+                fix=f"nearest: {max(1, round(keep / every)) * every}",
+            )
         names = [source.name for source in self.data.sources]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"data.sources are named {names}", fix="give at least one source, each its own name")
+
+    def _check_schedule(self) -> None:
+        """A rate that is reached, and falls: warm-up and decay fit into the run."""
+        opt, steps = self.optimizer, self.num_steps
+        if opt.min_lr >= opt.lr:
+            raise ConfigError(
+                f"optimizer.min_lr={opt.min_lr} is not below optimizer.lr={opt.lr}", fix="lower min_lr, or raise lr"
+            )
+        if self.warmup_steps >= steps and self.warmup_steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.warmup_steps:,} of a run of {steps:,} steps: the rate would never arrive",
+                fix=f"leave it out (null) for {derived_warmup(steps):,}, or train on more training.tokens",
+            )
+        if opt.schedule != "wsd":
+            return
+        decay = opt.decay_frac * steps
+        if decay < 1 or (opt.decay_frac < 1 and self.warmup_steps + decay > steps):
+            raise ConfigError(
+                f"optimizer.decay_frac={opt.decay_frac:g} of {steps:,} steps, after optimizer.warmup_steps="
+                f"{self.warmup_steps:,}",
+                fix="let the decay have a step at least, and begin after the warm-up",
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run: its tokens over its batch, rounded up."""
+        return -(-self.training.tokens // self.training.batch_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the full rate: as given, or derived from the length of the run."""
+        given = self.optimizer.warmup_steps
+        return derived_warmup(self.num_steps) if given is None else given
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` gives the same recipe back."""
@@ -235,6 +236,11 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """Build a recipe; ConfigError on an unknown key or a value of the wrong kind."""
         return typing.cast(Recipe, _build(cls, values, ""))
+
+
+def derived_warmup(steps: int) -> int:
+    """Warm-up steps of a run of `steps`, where the recipe leaves them open."""
+    return min(MAX_WARMUP_STEPS, int(steps * WARMUP_SHARE))
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -256,21 +262,23 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}={value!r} is not a list", fix="correct the recipe")
+            raise ConfigError(f"{where}={value!r} is not a list", fix="give a list")
         return tuple(_build(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(value))
     options = arguments if origin in (typing.Union, types.UnionType) else (kind,)
     for option in options:
         if option is type(None) and value is None:
             return None
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if abs(value) < 1e300 else value  # the range refuses the rest
         # Token counts read better as 3e12, which JSON makes a float.
         if option is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     expected = " or ".join("null" if o is type(None) else o.__name__ for o in options)
-    raise ConfigError(f"{where}={value!r} is not of type {expected}", fix="correct the recipe")
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    fix = f"give {' or '.join(names.get(option, expected) for option in options)}"
+    raise ConfigError(f"{where}={value!r} is not of type {expected}", fix=fix)
 
 
 def parse_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -281,9 +289,13 @@ def parse_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
         if not equals or not key:
             raise ConfigError(f"--set {setting}", fix="write --set section.key=value")
         try:
-            value = json.loads(text)
+            value = strict_json.parse(text)
         except json.JSONDecodeError:
             value = text
+        except ValueError as error:
+            raise ConfigError(
+                f"--set {setting}: {error}", fix="give a finite number, or other JSON in one reading"
+            ) from None
         parsed.append((key.split("."), value))
     return parsed
 
@@ -291,17 +303,10 @@ def parse_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
 def load_recipe(path: str | Path | None = None, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in a JSON file (or of that name among those shipped), with `--set` settings laid over it."""
     file = Path(path) if path else DEFAULT_RECIPE
-    if not file.exists() and (RECIPES / f"{file.name}.json").exists():
+    if not os.path.exists(file) and (RECIPES / f"{file.name}.json").exists():
         file = RECIPES / f"{file.name}.json"
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        shipped = sorted(p.stem for p in RECIPES.glob("*.json"))
-        raise ConfigError(
-            f"recipe {path} does not exist", fix=nearest(file.name.removesuffix(".json"), shipped)
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"recipe {file} is not JSON ({error})", fix="correct the file") from None
+    shipped = sorted(p.stem for p in RECIPES.glob("*.json"))
+    values = strict_json.read_object(file, "recipe", missing=nearest(file.name.removesuffix(".json"), shipped))
     for keys, value in parse_settings(settings):
         section = values
         for key in keys[:-1]:

@@ -98,7 +98,8 @@ class Saver:
 
     def shortage(self, num_parameters: int, step: int, total_steps: int) -> str | None:
         """One line if the disk has no room for the checkpoints to come, 12 bytes a parameter each; None if it has."""
-        existing = len(checkpoint.list_checkpoints(self.run))
+        steps = [at for at, _ in checkpoint.list_checkpoints(self.run) if at <= step]
+        existing = sum(at % self.config.every_steps == 0 for at in steps)  # the rest makes room for none to come
         count, each = checkpoints_to_come(self.config, step, total_steps, existing), 12 * num_parameters
         free = shutil.disk_usage(self.run).free
         if free >= count * each:
@@ -241,18 +242,38 @@ class Saver:
             copy = partial / "tokenizer.model"
             shutil.copyfile(self.tokenizer, copy)
             files[copy.name] = {"bytes": copy.stat().st_size, "sha256": file_sha256(copy)}
-        _write_json(partial / "manifest.json", {"format": checkpoint.FORMAT, "files": files})
+        _write(partial / "manifest.json", checkpoint.manifest_text(files))
         _rename(partial, final)
-        self._prune()
+        self._prune(state["step"])
 
-    def _prune(self) -> None:
-        every = self.config.keep_every_steps
-        for step, old in checkpoint.list_checkpoints(self.run)[: -self.config.keep_last]:
-            if every is None or step % every:
+    def _prune(self, saved: int) -> None:
+        """Remove what is no longer kept of the checkpoints up to the one just saved.
+
+        Kept are the newest of the schedule, for a rewind goes to these, and the newest of the steps between: a signal's,
+        or the end of a shorter run. Those of later steps are damaged, or of a course that was left; the run replaces them
+        as it comes to them.
+        """
+        steps = [step for step, _ in checkpoint.list_checkpoints(self.run) if step <= saved]
+        kept = set(kept_steps(steps, self.config))
+        for step, old in checkpoint.list_checkpoints(self.run):
+            if step <= saved and step not in kept:
                 # A folder that loses its final name first is never half of a checkpoint.
                 doomed = old.with_name(f"{PARTIAL}{old.name}")
                 os.replace(old, doomed)
-                shutil.rmtree(doomed)
+                _remove(doomed)
+
+
+def kept_steps(steps: list[int], config: CheckpointConfig) -> list[int]:
+    """Which checkpoints of `steps`, ascending, are kept once the last of them is whole: keep_last, at most one more,
+    and those of keep_every_steps."""
+    scheduled = [step for step in steps if step % config.every_steps == 0][-config.keep_last :]
+    between = [step for step in steps if step % config.every_steps and step > min(scheduled, default=0)][-1:]
+    kept = {*scheduled, *between}
+    others = [step for step in steps if step not in kept]
+    while others and len(kept) < config.keep_last:
+        kept.add(others.pop())
+    every = config.keep_every_steps
+    return [step for step in steps if step in kept or (every and step % every == 0)]
 
 
 class _AbandonedError(Exception):
@@ -261,9 +282,12 @@ class _AbandonedError(Exception):
 
 def _write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write and fsync; returns the manifest's entry of the file."""
+    return _write(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> dict[str, Any]:
     with open(path, "w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
@@ -271,11 +295,19 @@ def _write_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 def _rename(partial: Path, final: Path) -> None:
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
+    _remove(replaced)
+    if os.path.lexists(final):  # the same step again, after a resume from an older checkpoint
         os.replace(final, replaced)
     os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _remove(path: Path) -> None:
+    """A folder and all in it; or what stands in its place, if anything does."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

@@ -24,19 +24,31 @@ if TYPE_CHECKING:
 FREE = ("max_position_embeddings", "initializer_range")
 
 
-def check(path: Path, wanted: ModelConfig) -> None:
-    """Refuse, without reading weights, a start that is not a model of the recipe's shape, by its first difference."""
+def chosen(path: Path, wanted: ModelConfig) -> tuple[Path, str]:
+    """The weights to start from (of a run: its newest whole checkpoint), and the sha256 of their names and checksums.
+
+    Refuses a model that is not of the recipe's shape, by its first difference, and a damaged checkpoint. Reads every byte.
+    """
+    directory = check(path, wanted)
+    digest = hashlib.sha256()
+    for file in _files(directory):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return directory, digest.hexdigest()
+
+
+def check(path: Path, wanted: ModelConfig) -> Path:
+    """The same without reading the weights of a Hugging Face directory: of a checkpoint, every byte is compared."""
     if checkpoint.is_checkpoint(path):
-        found = checkpoint.model_config(checkpoint.resolve(path))
+        directory = checkpoint.resolve(path)
+        checkpoint.verify(directory)
+        found = checkpoint.model_config(directory)
     elif not path.is_dir():
         raise ConfigError(
             f"--init-from {path} does not exist", fix="give a Hugging Face Llama directory or a checkpoint"
         )
     else:
-        from tinyllama.model.hf import weight_files
-
-        found = ModelConfig.from_hf(path)
-        weight_files(path)
+        directory, found = path, ModelConfig.from_hf(path)
+        _files(path)
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name not in FREE:
@@ -44,6 +56,15 @@ def check(path: Path, wanted: ModelConfig) -> None:
                 f"--init-from {path} has {field.name}={theirs}, the recipe says model.{field.name}={ours}",
                 fix=f"--set model.{field.name}={theirs}, or start from a model of this shape",
             )
+    return directory
+
+
+def _files(directory: Path) -> list[Path]:
+    from tinyllama.model.hf import weight_files
+
+    if checkpoint.is_checkpoint(directory):
+        return sorted(directory.glob("shard-*.safetensors"))
+    return weight_files(directory)
 
 
 def refuse_other_start(old: dict | None, path: str | None, where: Path) -> None:
@@ -53,22 +74,6 @@ def refuse_other_start(old: dict | None, path: str | None, where: Path) -> None:
             f"{where} was started from {old['path'] if old else 'new weights'}, not from {path}",
             fix="leave --init-from out to continue it, or give another --output",
         )
-
-
-def sha256(path: Path) -> str:
-    """Of the weights: of the names and checksums of their files. Reads all of them, and checks a checkpoint's."""
-    from tinyllama.model.hf import weight_files
-
-    digest = hashlib.sha256()
-    if checkpoint.is_checkpoint(path):
-        directory = checkpoint.resolve(path)
-        checkpoint.verify(directory)
-        files = sorted(directory.glob("shard-*.safetensors"))
-    else:
-        files = weight_files(path)
-    for file in files:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

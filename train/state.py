@@ -8,8 +8,10 @@ tensors alone, which move every tensor to every rank: there the fragment is take
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import json
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from tinyllama import checkpoint
 from tinyllama.errors import CheckpointError
 from tinyllama.model import fused
+from tinyllama.model.config import ModelConfig
+from train.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -101,36 +105,48 @@ def _held_slices(engine: DeepSpeedEngine) -> Iterator[tuple[str, int, int, dict[
         yield name, start, stop, local
 
 
-def newest_valid(run: Path, warn: Any) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run whose checksums hold, and its state; broken ones are skipped with a warning."""
-    for _, directory in reversed(checkpoint.list_checkpoints(run)):
-        try:
-            return directory, checkpoint.verify(directory)
-        except CheckpointError as error:
-            warn(f"skipping checkpoint: {error}")
-    return None
+# What may change when a run goes on: it moves no token of the data's order, and no weight. All else of the sections model
+# and data, the batch, and the stores' content, must stay.
+FREE_ON_RESUME = ("data.max_epochs", "data.sources.store")
 
 
-def refuse_other_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """A resume must continue the same model on the same data in the same order; shows the first difference."""
+def refuse_other_run(old: dict[str, Any], recipe: Recipe, mixture_sha256: str | None, where: Path) -> None:
+    """A resume must continue the same model on the same data in the same order; shows the first difference.
+
+    A field that the checkpoint lacks, of an older release, has its default. mixture_sha256: not compared when None.
+    """
+    new, default = recipe.to_dict(), dataclasses.asdict(DataConfig())
+    defaults = {"model": ModelConfig().to_dict(), "data": json.loads(json.dumps(default))}
     for key in ("model", "data"):
-        for name, value in new["recipe"][key].items():
-            before = old["recipe"][key].get(name)
-            if before != value:
+        before, now = _kept({**defaults[key], **old["recipe"].get(key, {})}, key), _kept(new[key], key)
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
                 raise CheckpointError(
-                    f"{where} was trained with {key}.{name}={before!r}, this recipe says {value!r}",
+                    f"{where} was trained with {key}.{name}={before.get(name)!r}, this recipe says {now.get(name)!r}",
                     fix="use the same recipe, or --resume never with another --output",
                 )
-    if old["recipe"]["training"]["batch_tokens"] != new["recipe"]["training"]["batch_tokens"]:
+    batch = old["recipe"].get("training", {}).get("batch_tokens")
+    if batch != new["training"]["batch_tokens"]:
         raise CheckpointError(
-            f"{where} was trained with training.batch_tokens={old['recipe']['training']['batch_tokens']}",
+            f"{where} was trained with training.batch_tokens={batch}, this recipe says {new['training']['batch_tokens']}",
             fix="keep the batch, or --resume never with another --output",
         )
-    if old["mixture_sha256"] != new["mixture_sha256"]:
+    if mixture_sha256 is not None and old["mixture_sha256"] != mixture_sha256:
         raise CheckpointError(
             f"{where} was trained on other data: the stores' checksums differ",
             fix="give the same --data, or --resume never with another --output",
         )
+
+
+def _kept(section: dict[str, Any], name: str) -> dict[str, Any]:
+    """What of a recipe's section must stay, by its name; of the sources' fields too."""
+    found = {key: value for key, value in section.items() if f"{name}.{key}" not in FREE_ON_RESUME}
+    if "sources" in found:
+        found["sources"] = [
+            {key: value for key, value in entry.items() if f"data.sources.{key}" not in FREE_ON_RESUME}
+            for entry in found["sources"]
+        ]
+    return found
 
 
 def load_weights(engine: DeepSpeedEngine, directory: Path) -> None:

@@ -12,6 +12,8 @@ from train.batch import model_inputs
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+    from train.text_bytes import TextBytes
+
 
 def held_out_loss(
     engine: DeepSpeedEngine,
@@ -51,21 +53,21 @@ def held_out_loss(
 
 
 def validate(
-    engine: DeepSpeedEngine, held_out: list[HeldOut], max_sequences: int, **forward: Any
-) -> dict[str, dict[str, float]]:
+    engine: DeepSpeedEngine, held_out: list[HeldOut], max_sequences: int, text_bytes: TextBytes, **forward: Any
+) -> dict[str, dict[str, float | None]]:
     """Per source: loss (nats per token) and bits_per_byte over at most `max_sequences` windows; collective.
 
+    bits_per_byte: over the text of the windows that were scored; None where nothing says how many bytes that is.
     forward: the further arguments of `held_out_loss`.
     """
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float | None]] = {}
     for source in held_out:
         loss_sum, count = held_out_loss(engine, source, max_sequences, **forward)
         if count:
-            tokens_per_byte = source.store.num_tokens / max(1, source.bytes_of_text)
-            loss = loss_sum / count
+            size = text_bytes.of(source, max_sequences)
             results[source.name] = {
-                "loss": loss,
-                "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+                "loss": loss_sum / count,
+                "bits_per_byte": loss_sum / math.log(2) / size if size else None,
                 "targets": count,
             }
     return results

@@ -50,7 +50,7 @@ def run_settings(batch_tokens: int, steps: int, *more: str) -> tuple[str, ...]:
     return (
         f"training.batch_tokens={batch_tokens}",
         f"training.tokens={batch_tokens * steps}",
-        "optimizer.warmup_steps=5",
+        f"optimizer.warmup_steps={min(5, steps // 2)}",
         "validation.max_sequences=4",
         *more,
     )

@@ -17,7 +17,7 @@ from tinyllama.model.kernels import PLAIN, TABLE, Choice, Machine, Setting, choo
 from tinyllama.model.llama import Llama
 from tinyllama.model.ops import IGNORE_INDEX
 from tinyllama.model.ran import classify
-from train.recipe import KERNELS
+from train.ranges import KERNELS
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH, VOCABULARY = 2, 200, 6, 2, 64, 501  # 200 positions: one and a half blocks
 DEVICES = ["cpu"]  # GPUs are hidden from this suite; tests/gpu has the kernels on one

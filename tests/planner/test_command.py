@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyllama.cli.app import main
+from tinyllama.planner import learning_rate
 from train.recipe import load_recipe
 
 FORM = ("params", "tokens", "epochs", "train_flops", "inference_flops", "total_flops", "saved_frac")
@@ -156,6 +157,38 @@ def test_recipe_of_the_proposed_shape_is_one_that_train_takes(planned, plan, tmp
     assert "exists" in err
     dry = tinyllama("train", "--recipe", written, "--dry-run", "--num-accelerators", "8")
     assert f"{recipe.model.num_parameters:,}" in dry.stdout
+
+
+@pytest.mark.parametrize(("params", "lr"), [(1_100_048_384, 4e-4), (315e6, 6.07e-4), (7e9, 2.16e-4), (120e6, 8.37e-4)])
+def test_the_learning_rate_follows_the_size(params, lr):
+    assert learning_rate.learning_rate(params) == lr
+
+
+def test_other_rules_have_their_published_values():
+    """At 1.1B and 1e11 tokens, worked out by hand from the papers' formulas."""
+    expected = {
+        "Porian et al. 2024": 2.1682e-3,
+        "Step Law*": 1.5252e-3,
+        "DeepSeek*": 7.788e-4,
+        "Bjorck et al.*": 3.474e-4,
+    }
+    found = learning_rate.other_rules(1.1e9, 1e11)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert found["OLMo-core's ladder"] == found["Porian et al. 2024"] / 2
+
+
+def test_a_recipe_of_another_size_has_the_rate_of_that_size_and_says_why(planned, tmp_path):
+    written = tmp_path / "recipe.json"
+    found = planned("--loss-of", "3.15e8", "--write-recipe", written)
+    recipe, rate = load_recipe(written), found["architecture"]["learning_rate"]
+    assert recipe.model.num_parameters < 5e8
+    assert recipe.optimizer.lr == rate["lr"] == learning_rate.learning_rate(recipe.model.num_parameters)
+    assert recipe.optimizer.lr > 5e-4
+    assert recipe.optimizer.min_lr == pytest.approx(recipe.optimizer.lr / 10)
+    assert recipe.note == rate["text"]
+    assert "Porian et al. 2024" in recipe.note
+    assert recipe.optimizer.warmup_steps is None
+    assert recipe.warmup_steps <= recipe.num_steps / 10
 
 
 def test_measured_numbers_take_the_place_of_assumptions(planned, tmp_path):

@@ -175,6 +175,7 @@ def test_too_little_memory_in_the_first_step_is_a_mistake_with_a_remedy():
 def test_a_run_without_memory_ends_with_one_line(stores, tmp_path):
     more = (
         "training.tokens=1536",
+        "optimizer.warmup_steps=1",
         "training.micro_batch_sequences=2",
         "training.reduce_once=true",
         "training.compile=null",

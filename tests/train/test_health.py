@@ -119,6 +119,32 @@ def test_a_rewind_leaves_out_the_batches_since_the_checkpoint_and_a_resume_ends_
         assert losses(part) == losses(run)
 
 
+def test_a_rewind_after_a_stop_by_signal_goes_where_the_undisturbed_run_goes(stores, tmp_path):
+    """The signal's checkpoint, of step 7, is nearer to the spike than 6; and with keep_last=1 it must not push 6 out."""
+    more = ("training.tokens=9216", "checkpoint.every_steps=3", "checkpoint.keep_last=1")
+    more += ("health.spike_window=6", "health.on_spike=rewind")
+    train(stores, tmp_path / "whole", *more, extra=("--inject", "spike@7"))
+    done = train(stores, tmp_path / "parts", *more, extra=("--inject", "spike@7,stop@6"), check=False)
+    assert done.returncode == 75, done.stderr
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "parts")] == [6, 7]
+    train(stores, tmp_path / "parts", *more, extra=("--inject", "spike@7"))
+    ledgers = [(tmp_path / name / "spikes.jsonl").read_text() for name in ("whole", "parts")]
+    assert ledgers[0] == ledgers[1]
+    assert json.loads(ledgers[0])["to"] == 6
+    assert same(tensors(tmp_path / "parts", 12), tensors(tmp_path / "whole", 12))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    states = [checkpoint.verify(folder(tmp_path / name, 12)) for name in ("whole", "parts")]
+    for key in ("step", "tokens", "optimizer_steps", "data_offset", "loss_window", "spikes", "epochs"):
+        assert states[0][key] == states[1][key], key
+
+
+def test_skips_in_a_row_are_counted_across_a_resume():
+    spikes = [{"step": step, "action": "skip"} for step in (3, 5, 6)]
+    config = HealthConfig(on_spike="skip", spike_window=8)
+    for step, expected in ((6, 2), (5, 1), (4, 0), (7, 0)):
+        assert LossGuard(config, torch.device("cpu"), [], spikes, step)._in_a_row == expected
+
+
 @pytest.mark.parametrize(
     ("fault", "words", "steps"),
     [("nan@4", "step 5: the loss is nan", 4), ("frozen@4", "not changed", 8)],

@@ -34,7 +34,7 @@ def test_the_default_recipe_is_tinyllamas():
     assert [(s.name, s.weight) for s in recipe.data.sources] == [("slimpajama", 0.7), ("starcoder", 0.3)]
     assert (recipe.training.tokens, recipe.training.batch_tokens) == (3 * 10**12, 2 * 1024 * 1024)
     opt = recipe.optimizer
-    assert (opt.lr, opt.min_lr, opt.warmup_steps, opt.betas) == (4e-4, 4e-5, 2000, (0.9, 0.95))
+    assert (opt.lr, opt.min_lr, recipe.warmup_steps, opt.betas) == (4e-4, 4e-5, 2000, (0.9, 0.95))
     assert (opt.weight_decay, opt.grad_clip) == (0.1, 1.0)
 
 
@@ -105,7 +105,7 @@ def test_impossible_batches_name_all_numbers_and_the_nearest():
         ("optimizer.min_lr=4e-4", "min_lr=0.0004 is not below"),
         ("optimizer.schedule=wds", "did you mean wsd"),
         ("optimizer.decay_shape=sqrt", "did you mean 1-sqrt"),
-        ("optimizer.decay_frac=0", "decay_frac=0.0 is not in"),
+        ("optimizer.decay_frac=0", "decay_frac=0.0; give a finite number above 0"),
         ("training.compile=blocks", "did you mean block"),
         ("training.compile=true", "training.compile=True is not of type str or null"),
         ("training.kernels.attention=flash-atn-3", "did you mean flash-attn-3"),

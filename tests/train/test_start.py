@@ -79,7 +79,13 @@ def test_a_compiled_run_starts_from_given_weights_and_resumes_bit_for_bit(stores
 @pytest.mark.parametrize("stage", [3, 1])
 def test_a_run_starts_from_a_checkpoint_of_another_without_rounding(stores, finished_run, tmp_path, stage):
     run = tmp_path / "run"
-    more = ("training.tokens=768", "optimizer.lr=1e-9", "optimizer.min_lr=0", "optimizer.weight_decay=0")
+    more = (
+        "training.tokens=768",
+        "optimizer.warmup_steps=0",
+        "optimizer.lr=1e-9",
+        "optimizer.min_lr=0",
+        "optimizer.weight_decay=0",
+    )
     extra = ("--init-from", str(finished_run), "--deepspeed", f"zero{stage}")
     train(stores, run, *more, extra=extra)
     before, after = weights(checkpoint.resolve(finished_run)), weights(checkpoint.resolve(run))
@@ -99,21 +105,27 @@ def test_a_run_starts_from_a_checkpoint_of_another_without_rounding(stores, fini
 )
 def test_other_models_are_refused_by_their_first_difference(stores, tmp_path, changes, words):
     model = hugging_face(tmp_path / "model", **changes)
-    refused = from_origin(stores, tmp_path / "run", model, "training.tokens=768", check=False)
+    refused = from_origin(
+        stores, tmp_path / "run", model, "training.tokens=768", "optimizer.warmup_steps=0", check=False
+    )
     assert refused.returncode == 2
     assert words in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_model_is_refused(stores, origin, tmp_path):
-    refused = from_origin(stores, tmp_path / "run", tmp_path / "nowhere", "training.tokens=768", check=False)
+    refused = from_origin(
+        stores, tmp_path / "run", tmp_path / "nowhere", "training.tokens=768", "optimizer.warmup_steps=0", check=False
+    )
     assert refused.returncode == 2
     assert "nowhere does not exist" in refused.stderr
     (tmp_path / "part").mkdir()
     for file in origin.iterdir():
         if not file.name.startswith("model-00002"):
             shutil.copy(file, tmp_path / "part")
-    refused = from_origin(stores, tmp_path / "run", tmp_path / "part", "training.tokens=768", check=False)
+    refused = from_origin(
+        stores, tmp_path / "run", tmp_path / "part", "training.tokens=768", "optimizer.warmup_steps=0", check=False
+    )
     assert refused.returncode == 2
     assert "model-00002-of" in refused.stderr
     assert "does not exist; give a complete Hugging Face directory" in refused.stderr
@@ -122,7 +134,13 @@ def test_a_folder_that_is_no_model_is_refused(stores, origin, tmp_path):
 @pytest.mark.parametrize("stage", [3, 1])
 def test_new_weights_are_those_of_the_seed_under_every_stage(stores, tmp_path, stage):
     """After one step at a rate too small to matter. DeepSpeed's fp32 copy is made of the bf16 weights."""
-    more = ("training.tokens=768", "optimizer.lr=1e-12", "optimizer.min_lr=0", "optimizer.weight_decay=0")
+    more = (
+        "training.tokens=768",
+        "optimizer.warmup_steps=0",
+        "optimizer.lr=1e-12",
+        "optimizer.min_lr=0",
+        "optimizer.weight_decay=0",
+    )
     train(stores, tmp_path / "run", *more, extra=("--deepspeed", f"zero{stage}"))
     found = weights(checkpoint.resolve(tmp_path / "run"))
     model = Llama(MODEL)

@@ -223,7 +223,7 @@ def _costs(
 def _add_architecture(result: dict[str, Any], request: Request, vocab_size: int, write_recipe: Path | None) -> None:
     """Add the proposed shape; write it as a recipe where asked. A size that no shape has is an error only then."""
     from tinyllama.errors import ConfigError
-    from tinyllama.planner import architecture
+    from tinyllama.planner import architecture, learning_rate
     from tinyllama.planner.fits import FITS
 
     try:
@@ -235,7 +235,9 @@ def _add_architecture(result: dict[str, Any], request: Request, vocab_size: int,
         result["caveats"].append(f"{error}.")
         return
     loss = request.data.loss(FITS[result["fit"]], model.num_parameters, result["tokens"])
-    result["architecture"] = {"num_parameters": model.num_parameters, "loss": loss, "model": model.to_dict()}
+    rate = learning_rate.describe(model.num_parameters, result["tokens"])
+    shape = {"num_parameters": model.num_parameters, "loss": loss, "model": model.to_dict()}
+    result["architecture"] = {**shape, "learning_rate": rate}
     if write_recipe:
         values = architecture.recipe(model, result["tokens"], request.data.max_epochs)
         architecture.write_recipe(values, write_recipe)

@@ -67,6 +67,9 @@ class Mixture:
         rows = np.empty((len(windows), length + 1), dtype=self.stores[0].dtype)
         for row, (source, start, _) in zip(rows, windows, strict=True):
             self.stores[source].read_into(start, row)
+        if rows.max(initial=0) >= self.vocab_size:
+            first = int(rows.max(axis=1).argmax())
+            self.stores[windows[first][0]].refuse_token(windows[first][1], rows[first])
         ids, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
         for row, (*_, repeated) in enumerate(windows):
             if repeated:
@@ -114,6 +117,14 @@ class HeldOut:
         self.bytes_of_text = self.store.manifest.splits["validation"].bytes_of_text
         self.num_windows = -(-(total - 1) // sequence_length) if total > sequence_length else min(1, max(0, total - 1))
 
+    def check(self, max_windows: int) -> None:
+        """DataError names the first shard that is missing or of another size; of those that the first `max_windows`
+        windows are read from, also one that does not match its checksum.
+        """
+        self.store.check_sizes()
+        tokens = min(self.store.num_tokens, max_windows * self.sequence_length + 1) if self.num_windows else 0
+        self.store.check_sums(-(-tokens // self.store.shard_tokens))
+
     def fetch(self, windows: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
         """ids and targets (windows, sequence_length); a window number past the end gives a row without targets.
 
@@ -127,5 +138,7 @@ class HeldOut:
                 start = number * self.sequence_length
                 count = min(self.sequence_length + 1, self.store.num_tokens - start)
                 tokens = self.store.read(start, count)
+                if int(tokens.max()) >= self.store.manifest.vocab_size:
+                    self.store.refuse_token(start, tokens)
                 ids[row, : count - 1], targets[row, : count - 1] = tokens[:-1], tokens[1:]
         return ids, targets

@@ -198,6 +198,29 @@ class TokenStore:
                 f"{self._path(index, 'tokens')} has {size:,} bytes, the manifest says {expected:,}", fix=AGAIN
             )
 
+    def check_sums(self, count: int) -> None:
+        """DataError names the first of the split's first `count` shards whose tokens do not match their checksum."""
+        if not count:
+            return
+        with _explained(self.directory / "shards.jsonl") as path:
+            if file_sha256(path) != self.manifest.lists.get(path.name):
+                raise DataError(f"{path} does not match its checksum", fix=AGAIN)
+        sums = [entry["sha256"] for entry in read_list(self.directory, "shards.jsonl") if entry["split"] == self.split]
+        for index, expected in enumerate(sums[:count]):
+            with _explained(self._path(index, "tokens")) as path:
+                if file_sha256(path) != expected:
+                    raise DataError(f"{path} does not match its checksum", fix=AGAIN)
+
+    def refuse_token(self, start: int, tokens: np.ndarray) -> None:
+        """DataError for the first of `tokens`, read from position `start` on, that is beyond the vocabulary."""
+        position = start + int(np.argmax(tokens >= self.manifest.vocab_size))
+        index, offset = divmod(position, self.shard_tokens)
+        raise DataError(
+            f"{self._path(index, 'tokens')} holds token {int(tokens[position - start])} at position {offset:,}, of a "
+            f"vocabulary of {self.manifest.vocab_size:,}",
+            fix=AGAIN,
+        )
+
     def _file(self, index: int) -> int:
         """The open file of one shard. At most OPEN_SHARDS are kept: 1,024 descriptors are a common limit."""
         found = self._files.get(index)

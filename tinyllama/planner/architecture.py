@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyllama.errors import ConfigError
 from tinyllama.model.config import ModelConfig
+from tinyllama.planner import learning_rate
 
 FFN_MULTIPLE = 256
 MOST_LAYERS = 160
@@ -65,17 +66,19 @@ def _layers_near(hidden_size: int, params: float, vocab_size: int) -> list[int]:
 
 
 def recipe(model: ModelConfig, tokens: float, max_epochs: float) -> dict[str, Any]:
-    """A recipe for `tinyllama train`; sources and optimizer stay that command's defaults, TinyLlama's.
+    """A recipe for `tinyllama train`; sources and the rest stay that command's defaults, TinyLlama's.
 
-    The batch is TinyLlama's, or where that would be fewer than 5,000 steps the power of two that gives as many.
+    The batch is TinyLlama's, or where that would be fewer than 5,000 steps the power of two that gives as many. The learning
+    rate is that of the size, by the rule in the recipe's note; the warm-up is derived from the length.
     """
     batch = min(MAX_BATCH_TOKENS, 2 ** int(math.log2(max(tokens / FEWEST_STEPS, model.max_position_embeddings))))
-    steps = tokens / batch
+    rate = learning_rate.describe(model.num_parameters, tokens)
     return {
+        "note": rate["text"],
         "model": model.to_dict(),
         "data": {"sequence_length": model.max_position_embeddings, "max_epochs": max_epochs},
         "training": {"tokens": round(tokens), "batch_tokens": batch},
-        "optimizer": {"warmup_steps": min(2000, max(1, int(steps / 20)))},
+        "optimizer": {"lr": rate["lr"], "min_lr": rate["min_lr"]},
     }
 
 

@@ -106,6 +106,7 @@ def print_architecture(result: dict[str, Any], console: Console) -> None:
             f"vocabulary {model['vocab_size']:,}; loss {proposal['loss']:.4f} after these tokens.",
             markup=False,
         )
+        console.print(f"Its {proposal['learning_rate']['text']}.", markup=False)
 
 
 def print_notes(result: dict[str, Any], console: Console) -> None:

@@ -83,8 +83,13 @@ class Heartbeat:
 
     def speaks(self) -> bool:
         """Whether this rank tells what went wrong: rank 0, or one that meets it without rank 0."""
-        if self.rank == 0 or self._descriptor is None:
-            return self.rank == 0
+        if self.rank == 0:
+            return True
+        if (
+            self._descriptor is None
+        ):  # all ranks meet the same mistake, and the launcher ends rank 0 with the first of them
+            time.sleep(GRACE_S)
+            return False
         time.sleep(GRACE_S / 2)
         return read(self.run, 0, self.token).get("phase") != ENDED
 

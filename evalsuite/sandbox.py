@@ -246,7 +246,7 @@ class Sandbox:
         lines = program.replace("\r\n", "\n").replace("\r", "\n").count("\n")
         task = {
             "program": text,
-            "first_test": lines + 1 if tests else None,
+            "first_test": lines + 1 if tests.strip() else None,
             "must_fail": must_fail,
             "secret": secrets.token_hex(32),
             "wall_s": wall_s,

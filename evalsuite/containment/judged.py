@@ -92,20 +92,25 @@ def _forget() -> None:
 
 def _compiled(text: str, first_test: int | None, must_fail: bool) -> Any:
     """The program's code; SyntaxError as Python has it, ValueError where the program has swallowed its tests."""
-    if first_test is None and not must_fail:
-        return compile(text, "<string>", "exec", dont_inherit=True)
     code = compile(text, "<string>", "exec", dont_inherit=True)
-    tree = ast.parse(text)
-    first = first_test or 1 << 60
-    tests = [node for node in tree.body if node.lineno >= first]
+    if first_test is None and not must_fail:
+        return code
+    try:
+        tree = ast.parse(text)
+    except RecursionError:  # nested deeper than can be taken apart, not deeper than can be run
+        return compile(f"{text}\nassert 0", "<string>", "exec", dont_inherit=True) if must_fail else code
+    tests = [node for node in tree.body if first_test and node.lineno >= first_test]
     if first_test and not tests:
         raise ValueError("the program has swallowed its tests")
-    if not must_fail:
-        return code
-    failing = ast.Assert(test=ast.Constant(value=0))
+    return _failing(tree, tests) if must_fail else code
+
+
+def _failing(tree: ast.Module, tests: list[ast.stmt]) -> Any:
+    """The code of a program with tests that cannot pass: their function fails at its end, else the whole text does."""
+    assertion = ast.Assert(test=ast.Constant(value=0))
     checks = [node for node in tests if isinstance(node, ast.FunctionDef) and node.name == CHECK]
     for check in checks:
-        check.body = [ast.Try(body=check.body, handlers=[], orelse=[], finalbody=[failing])]
+        check.body = [ast.Try(body=check.body, handlers=[], orelse=[], finalbody=[assertion])]
     if not checks:
-        tree.body.append(failing)
+        tree.body.append(assertion)
     return compile(ast.fix_missing_locations(tree), "<string>", "exec", dont_inherit=True)

@@ -1,7 +1,7 @@
 """Process 1 of a program's world: waits for its verdict, and ends it all when a limit is passed.
 
-Limits of the kernel hold for one process. What holds for all processes of a program together is measured here, some fifty
-times a second: memory, time, and processes where the kernel does not count them.
+Limits of the kernel hold for one process. What holds for all processes of a program together is measured here, about a
+hundred times a second: memory, time, and processes where the kernel does not count them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from evalsuite.containment.judged import FAILED, READY, REASON_CHARS, seal
 
-PAUSE_S = 0.02
+PAUSE_S = 0.01
 MOST_HEARD = 4096
 MOST_REAPED = 256
 HARD = 3  # times the limit on time, waiting for a processor included

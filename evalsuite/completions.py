@@ -126,6 +126,7 @@ def _update(entry: dict[str, Any], log: list[dict[str, Any]]) -> None:
     entry["metrics"] = {f"{name},{filter_name}": float(scores.mean()) for name, scores in values.items()}
     headline = values[entry["metric"]]
     entry["value"] = float(headline.mean())
+    entry["sandbox"] = passing.sandbox_record()
     entry["stderr"] = statistics.standard_error(headline) if len(headline) > 1 else None
     interval = statistics.mean_interval(headline)
     entry["ci95"] = dataclasses.asdict(interval) if interval else None

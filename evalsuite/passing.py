@@ -41,6 +41,11 @@ def program(doc: dict[str, Any], completion: str, protocol: str) -> tuple[str, s
     return f"{doc['prompt']}{kept}\n", f"{doc['test']}\ncheck({doc['entry_point']})\n"
 
 
+def sandbox_record() -> dict[str, Any]:
+    """What the verdicts of this process depend on, for the results."""
+    return Sandbox.shared().record()
+
+
 @functools.cache
 def _judged(parts: tuple[str, str], wall_s: float | None) -> Verdict:
     return Sandbox.shared().run(parts[0], wall_s, tests=parts[1])

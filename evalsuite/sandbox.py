@@ -43,7 +43,7 @@ PROBES = {
     "open a route out": "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.connect(('192.0.2.1', 9))",
     "write to the system": "open('/usr/written', 'w')",
     "write to the root": "open('/written', 'w')",
-    "read system files": "open('/etc/passwd')",
+    "read system files": "open('/etc/shadow')",
     "see other processes": "import os\nassert os.getppid() == 1 and len(os.listdir('/proc')) > 5",
     "mount": ("import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0"),
 }
@@ -59,7 +59,7 @@ class Limits:
     wall_s: float = 10.0
     cpu_s: int = 10
     memory_bytes: int = 1 << 30
-    processes: int = 128
+    processes: int = max(128, 32 + 2 * (os.cpu_count() or 1))  # pools have one for each processor
     file_bytes: int = 16 << 20
     open_files: int = 256
     scratch_bytes: int = 32 << 20

@@ -12,6 +12,12 @@ from evalsuite.containment.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
 FIRST_UID = 1 << 30  # started by root, a program runs under FIRST_UID + the number of its process: a uid without files
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SCRATCH = ("/tmp", "/dev/shm")  # what can be written in; multiprocessing keeps its semaphores in the second
+FILES = {  # in /etc: the program's own name and its host's
+    "passwd": "program:x:{uid}:{gid}::/tmp:/bin/sh\n",
+    "group": "program:x:{gid}:\n",
+    "hosts": "127.0.0.1 localhost\n",
+    "nsswitch.conf": "hosts: files\n",
+}
 INODES = 4096  # files and folders in each scratch folder
 TCP_BYTES = "4096 16384 65536"  # least, first and largest buffer of a connection
 
@@ -38,7 +44,7 @@ def _is_mapped(uid: int) -> bool:
         return any(int(first) <= uid < int(first) + int(count) for first, _, count in map(str.split, stream))
 
 
-def build_root(task: dict[str, Any]) -> int:
+def build_root(task: dict[str, Any], uid: int | None) -> int:
     """Make the new root, in process 1 of the new process space. Returns a descriptor of that space's /proc, which is
     itself nowhere to be found in the new root.
     """
@@ -66,6 +72,10 @@ def build_root(task: dict[str, Any]) -> int:
         os.makedirs(new + path, exist_ok=True)
         data = f"size={task['scratch_bytes']},nr_inodes={INODES},mode=1777"
         mount("tmpfs", new + path, "tmpfs", MS_NOSUID | MS_NODEV, data)
+    os.makedirs(f"{new}/etc", exist_ok=True)
+    for name, text in FILES.items():
+        with open(f"{new}/etc/{name}", "w") as stream:
+            stream.write(text.format(uid=os.getuid() if uid is None else uid, gid=os.getgid() if uid is None else uid))
     os.makedirs(f"{new}/proc", exist_ok=True)
     mount("proc", f"{new}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     processes = os.open(f"{new}/proc", os.O_RDONLY | os.O_DIRECTORY)

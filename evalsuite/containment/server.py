@@ -24,8 +24,6 @@ FIRST_FREE = 3
 
 def serve(parent: int) -> None:
     """Take tasks until there are no more or the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
     gone = os.pidfd_open(parent)
     if os.getppid() != parent:
         return
@@ -95,7 +93,7 @@ def _first(task: dict[str, Any], uid: int | None) -> NoReturn:
     try:
         kernel.die_with_parent(0)  # the parent is in another process space
         os.setsid()
-        processes = supervisor.Processes(namespaces.build_root(task), namespaces.SCRATCH)
+        processes = supervisor.Processes(namespaces.build_root(task, uid), namespaces.SCRATCH)
         reader, writer = os.pipe()
         program = os.fork()
         if program == 0:

@@ -91,10 +91,8 @@ def test_other_users_get_the_same_verdicts(expected, who):
     """Where user namespaces are allowed; where not, nothing runs and that is said."""
     if os.getuid() != 0 or not (shutil.which("setpriv") and shutil.which("unshare")):
         pytest.skip("only root can become another user, with util-linux")
-    names = [name for name in honest() if name not in SLOW | UNLIKE][::4] + [
-        "many threads",
-        "annotations are evaluated",
-    ]
+    names = [name for name in honest() if name not in SLOW | UNLIKE | {"numpy"}][::4]
+    names += ["many threads", "annotations are evaluated"]
     program = (
         "import json, sys\nfrom evalsuite.sandbox import Sandbox\nfrom tinyllama.errors import UserError\n"
         "try:\n    sandbox = Sandbox.shared()\nexcept UserError as error:\n    print(json.dumps(error.what)); sys.exit()\n"

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from evalsuite import bundle as bundles
-from evalsuite import leaves, names, passing
-from evalsuite.suites import HUMANEVAL, PAPER, Benchmark, unknown_task
+from evalsuite import leaves, names, passing, rows, task_config, yaml_files
+from evalsuite.suites import HUMANEVAL, PAPER, PREFERRED, Benchmark, unknown_task
 from evalsuite.tasks import paper_prompts
 from tinyllama.errors import UserError, nearest
 
 OURS = Path(__file__).parent / "tasks"
-FILE_FORMATS = ("json", "csv", "parquet", "text")  # dataset_path of tasks that bring their own files
 Definition = tuple[Path, dict[str, Any]]  # a task's YAML, and what of it is changed
 
 
 @dataclasses.dataclass
 class Prepared:
     """A benchmark ready for lm-eval: its leaf tasks, the manager that knows them, and hashes over its data files and its
-    definition. generation: how text is to be generated, of each leaf that has the model write any.
+    definition. generation: how text is to be generated, of each leaf that has the model write any. own: of leaves with rows
+    of the user's own, those rows. runs_programs: whether what the model writes for any of them is executed. loaded:
+    lm-eval's task objects, while they are loaded and not yet used. checked: whether their items were.
     """
 
     benchmark: Benchmark
@@ -38,6 +39,10 @@ class Prepared:
     data_sha256: str | None
     definition_sha256: str
     generation: dict[str, Any]
+    own: dict[str, OwnRows] = dataclasses.field(default_factory=dict)
+    runs_programs: bool = False
+    loaded: Any = None
+    checked: bool = False
 
     @property
     def generates(self) -> bool:
@@ -46,8 +51,16 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnRows:
+    """Rows of a user's own task, by split, and what its file says of where they are."""
+
+    tables: dict[str, rows.Rows]
+    shown: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An overlay that was written: the task's name, its local data files and their hash ("" for none).
+    """An overlay that was written: the task's name, its local data files and their hash ("" for none), its metrics.
 
     generation: how text is to be generated; None where none is.
     """
@@ -56,6 +69,9 @@ class Leaf:
     files: dict[str, str]
     digest: str
     generation: Any
+    metrics: list[str]
+    own: OwnRows | None = None
+    runs_programs: bool = False
 
 
 def stock_definitions(benchmark: Benchmark) -> list[Definition]:
@@ -99,8 +115,6 @@ def _indexed_definitions(benchmark: Benchmark) -> list[Definition]:
 
 
 def _members(name: Any, changes: dict[str, Any]) -> list[Definition]:
-    from lm_eval.config.group import GroupConfig
-
     if isinstance(name, dict):  # a member with settings of its own: {"task": name, ...} or {"group": name, ...}
         inner = name.get("group") or name.get("task")
         if "group" in name and isinstance(name.get("task"), list):
@@ -113,13 +127,42 @@ def _members(name: Any, changes: dict[str, Any]) -> list[Definition]:
     if entry.kind.name == "TAG":
         return [leaf for member in sorted(entry.tags) for leaf in _members(member, changes)]
     if entry.kind.name == "GROUP":
-        own = {k: v for k, v in entry.cfg.items() if k not in {f.name for f in dataclasses.fields(GroupConfig)}}
+        own = {k: v for k, v in entry.cfg.items() if k not in _group_fields()}
         members = entry.cfg.get("task") or []
         members = [members] if isinstance(members, str) else members
         return [leaf for member in members for leaf in _members(member, {**own, **changes})]
     if entry.yaml_path is None:
         raise UserError(f"lm-eval's task {name!r} has no definition file", fix="leave it out")
     return [(Path(entry.yaml_path), changes)]
+
+
+def _group_fields() -> set[str]:
+    from lm_eval.config.group import GroupConfig
+
+    return {field.name for field in dataclasses.fields(GroupConfig)}
+
+
+def _as_its_group(benchmark: Benchmark, common: set[str]) -> Benchmark:
+    """The benchmark with the headline metric and the mean that its definition as a group has, where the benchmark has none:
+    of the group's own metrics acc_norm, acc, exact_match, f1 or the first, by items or by leaves as `weight_by_size` says.
+    common: the metrics that all of its tasks have.
+    """
+    entry = _index().get(benchmark.lm_eval_name) if benchmark.yaml is None else None
+    if entry is None or entry.kind.name != "GROUP" or not entry.cfg.get("aggregate_metric_list"):
+        return benchmark
+    from lm_eval.config.group import GroupConfig
+
+    config = GroupConfig(**{key: value for key, value in entry.cfg.items() if key in _group_fields()})
+    listed = {found.metric: found for found in config.aggregate_metric_list or [] if found.metric in common}
+    metric = benchmark.metric or next((name for name in PREFERRED if name in listed), next(iter(listed), ""))
+    name, _, chosen = metric.partition(",")
+    if name not in listed:
+        return benchmark
+    filters = listed[name].filter_list
+    if not chosen and filters:
+        metric = f"{name},{filters[0]}"
+    mean = benchmark.mean or ("items" if listed[name].weight_by_size else "leaves")
+    return dataclasses.replace(benchmark, metric=metric, mean=mean)
 
 
 def _overlay(
@@ -133,22 +176,48 @@ def _overlay(
     changes = dict(changes)
     if benchmark.num_fewshot is not None and not benchmark.fixed_shots:
         changes["num_fewshot"] = benchmark.num_fewshot
+    if benchmark.own:
+        task_config.check({**yaml_files.task(stock)[0], **changes}, str(stock))
     config = {**load_yaml(stock, resolve_func=False), **changes}
     name = str(config["task"])
     if benchmark.variant:
         name = benchmark.name if single else f"{benchmark.name}_{name}"
-    _check_metric(benchmark, config)
+    runs_programs = task_config.runs_programs(name, config)
+    metrics = _check_metric(benchmark, config)
     changes |= _sampling(benchmark, config)
     overlay = {"include": str(stock), **changes, "task": name, "tag": None}
     files: dict[str, str] = {}
-    if benchmark.own and config.get("dataset_path") in FILE_FORMATS:
-        files = _own_files(stock, config)
-        overlay["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": files}
+    own = None
+    if benchmark.own and config.get("dataset_path") in rows.FORMATS:
+        own, arrow = _own_rows(stock, config, scratch)
+        files = {split: str(table.path) for split, table in own.tables.items()}
+        overlay |= {"dataset_path": "arrow", "dataset_name": None, "dataset_kwargs": arrow}
     elif data is not None:
         overlay.update(bundles.data_overlay(config, data, scratch))
         files = overlay["dataset_kwargs"]["data_files"]
     file.write_text(yaml.safe_dump(overlay, sort_keys=False))
-    return Leaf(name, files, bundles.files_sha256(files) if files else "", _generation({**config, **changes}))
+    generation = _generation({**config, **changes})
+    return Leaf(name, files, bundles.files_sha256(files) if files else "", generation, metrics, own, runs_programs)
+
+
+def _own_rows(path: Path, config: dict[str, Any], scratch: Path) -> tuple[OwnRows, dict[str, Any]]:
+    """The rows of a user's own task, and the dataset_kwargs with which lm-eval reads them as they were read here."""
+    kwargs = config["dataset_kwargs"]
+    options = {key: value for key, value in kwargs.items() if key != "data_files"}
+    named = {split: (path.parent / name).resolve() for split, name in kwargs["data_files"].items()}
+    for split, file in named.items():
+        yaml_files.refuse_unreadable(file, f"{path}: {split} file ", "paths are relative to the task's file")
+    read = {file: rows.read(file, config["dataset_path"], options) for file in dict.fromkeys(named.values())}
+    schema = rows.schema_of(list(read.values()))
+    folder = Path(tempfile.mkdtemp(prefix="rows-", dir=scratch))
+    written = {}
+    for number, (file, table) in enumerate(read.items()):
+        written[file] = str(folder / f"{number}.arrow")
+        rows.write(table, schema, Path(written[file]))
+    shown = {"dataset_path": config["dataset_path"], "dataset_kwargs": {**options, "data_files": {
+        split: str(file) for split, file in named.items()}}}  # fmt: skip
+    arrow = {"data_files": {split: written[file] for split, file in named.items()}, "cache_dir": str(folder / "cache")}
+    return OwnRows({split: read[file] for split, file in named.items()}, shown), arrow
 
 
 def _generation(config: dict[str, Any]) -> Any:
@@ -183,27 +252,13 @@ def _sampling(benchmark: Benchmark, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_metric(benchmark: Benchmark, config: dict[str, Any]) -> None:
-    """UserError, before a model is loaded, for a metric that the task does not have."""
-    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
-
-    given = [metric.get("metric") for metric in config.get("metric_list") or []]
-    known = given or list(DEFAULT_METRIC_REGISTRY.get(config.get("output_type") or "generate_until", []))
-    if benchmark.metric and benchmark.metric not in known:
-        fix = nearest(benchmark.metric, [str(name) for name in known])
-        raise UserError(f"task {config['task']!r} has no metric {benchmark.metric!r}", fix=fix)
-
-
-def _own_files(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The data files that a user's own task names, relative to its own file."""
-    given = (config.get("dataset_kwargs") or {}).get("data_files")
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
-        raise UserError(f"{path}: dataset_kwargs.data_files names no files", fix="give a file for each split")
-    files = {split: str((path.parent / name).resolve()) for split, name in given.items()}
-    for split, name in files.items():
-        if not Path(name).is_file():
-            raise UserError(f"{path}: {split} file {name} is missing", fix="paths are relative to the task's file")
-    return files
+def _check_metric(benchmark: Benchmark, config: dict[str, Any]) -> list[str]:
+    """The task's metrics; UserError, before a model is loaded, where the one that is asked for is none of them."""
+    known = task_config.metrics_of(config)
+    asked = benchmark.metric.partition(",")[0]
+    if asked and asked not in known:
+        raise UserError(f"task {config['task']!r} has no metric {asked!r}", fix=nearest(asked, known))
+    return known
 
 
 def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
@@ -225,23 +280,34 @@ def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
     ]
     if len({leaf.name for leaf in found}) < len(found):
         raise UserError(f"{benchmark.lm_eval_name} holds a task twice", fix="name its tasks one by one")
+    task_config.refuse_mixed(benchmark.lm_eval_name, [(leaf.name, leaf.metrics) for leaf in found])
+    benchmark = _as_its_group(benchmark, set.intersection(*(set(leaf.metrics) for leaf in found)))
+    benchmark = dataclasses.replace(benchmark, mean=benchmark.mean or "items")
     for leaf in found:
         _refuse_too_few_rows(benchmark, leaf.files)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     digest = ",".join(leaf.digest for leaf in found) if any(leaf.files for leaf in found) else None
     tasks = [leaf.name for leaf in found]
     generation = {leaf.name: leaf.generation for leaf in found if leaf.generation is not None}
-    return Prepared(benchmark, tasks, manager, digest, _definition_sha256(definitions), generation)
+    own = {leaf.name: leaf.own for leaf in found if leaf.own}
+    definition = _definition_sha256(definitions, benchmark.own)
+    runs_programs = benchmark.runs_programs or any(leaf.runs_programs for leaf in found)
+    return Prepared(benchmark, tasks, manager, digest, definition, generation, own, runs_programs)
 
 
-def _definition_sha256(definitions: list[Definition]) -> str:
+def _definition_sha256(definitions: list[Definition], own: bool = False) -> str:
     """One hash over the YAML files of a benchmark, what they include, the Python beside them, and our changes."""
     digest = hashlib.sha256()
     files = {path for path, _ in definitions}
-    for path in sorted(files | {p for folder in {f.parent for f in files} for p in folder.glob("*.py")}):
+    included = {p for path in files for p in (yaml_files.task(path)[1][1:] if own else _included(path))}
+    folders = {path.parent for path in (files | included if own else files)}
+    modules = {p for folder in folders for p in folder.glob("*.py") if p.is_file()}
+    if own:
+        modules |= {p for path in files for folder in folders for p in yaml_files.modules(path, folder)}
+    for path in sorted(files | modules):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for included in sorted({p for path in files for p in _included(path)}):
-        digest.update(included.name.encode() + b"\0" + included.read_bytes())
+    for path in sorted(included):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(json.dumps([changes for _, changes in definitions], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -103,10 +103,9 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
         raise UserError(f"{where}: {task} always has {found.num_fewshot} shots", fix="leave num_fewshot out")
     changes: dict[str, Any] = {"num_fewshot": shots, "metric": item.get("metric"), "mean": mean, "leaves": leaves}
     changes = {key: value for key, value in changes.items() if value is not None}
-    changed = [
-        key for key in ("num_fewshot", "metric", "mean") if key in changes and changes[key] != getattr(found, key)
-    ]
-    words = {"num_fewshot": f"{shots}shot", "metric": item.get("metric"), "mean": f"by_{mean}"}
+    as_it_is = {"num_fewshot": found.num_fewshot, "metric": found.metric, "mean": found.mean or "items"}
+    changed = [key for key, value in as_it_is.items() if key in changes and changes[key] != value]
+    words = {"num_fewshot": f"{shots}shot", "metric": str(item.get("metric")).replace(",", "_"), "mean": f"by_{mean}"}
     # Under its own name a benchmark of ours is what its suite says; changed, it is another one.
     name = "_".join([found.name, *(str(words[key]) for key in changed)]) if found.name in BENCHMARKS else found.name
     name = names.checked(item.get("name", name), f"{where}: name")

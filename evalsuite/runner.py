@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalsuite import backends, bundle, contamination, generation_settings, samples, statistics, suites
+from evalsuite import backends, bundle, contamination, generation_settings, samples, statistics, suites, task_loading
 from evalsuite.files import write_json, write_json_lines
-from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, SEED, ResultsFile
+from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
 from evalsuite.suites import Benchmark
+from tinyllama.data.durable import refuse_unwritable
 from tinyllama.errors import UserError
 from tinyllama.export import TALKATIVE
 
@@ -77,15 +78,25 @@ def combine_leaves(values: list[float], stderrs: list[float | None]) -> tuple[fl
     return math.fsum(values) / len(values), stderr
 
 
+def _common_metrics(results: dict[str, Any], leaves: list[str]) -> list[str]:
+    """The metrics that every leaf has, in order; UserError where there is none."""
+    parts = [{k.split(",")[0] for k in results["results"][leaf] if "," in k and "_stderr" not in k} for leaf in leaves]
+    if not (found := sorted(set.intersection(*parts))):
+        raise UserError(f"{', '.join(leaves[:4])}: no metric in common", fix="name the tasks one by one")
+    return found
+
+
 def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> dict[str, Any]:
     """Headline metric of a benchmark from lm-eval's results of its leaves."""
     found: dict[str, dict[str, Any]] = {}
-    names = sorted({key.split(",")[0] for key in results["results"][leaves[0]] if "," in key and "_stderr" not in key})
-    headline = benchmark.metric or next((m for m in ("acc_norm", "acc", "exact_match", "f1") if m in names), names[0])
+    names = _common_metrics(results, leaves)
+    headline = benchmark.metric or next((m for m in suites.PREFERRED if m in names), names[0])
     per_leaf = {}
     for leaf in leaves:
         entry, size = results["results"][leaf], results["n-samples"][leaf]["effective"]
-        key = next(k for k in entry if k.split(",")[0] == headline and "," in k)
+        key = next((k for k in entry if "," in k and headline in (k, k.split(",")[0])), None)
+        if key is None:
+            raise UserError(f"task {leaf} has no {headline}", fix="name a metric of the task's own, or correct it")
         metric, filter_name = key.split(",", 1)
         stderr = entry.get(f"{metric}_stderr,{filter_name}")
         per_leaf[leaf] = {
@@ -105,7 +116,7 @@ def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> d
         if len(leaves) == 1 and "," in k and isinstance(v, int | float) and "_stderr" not in k
     }
     return {
-        "metric": headline,
+        "metric": headline.partition(",")[0],
         "metric_key": found[first]["key"],
         "value": value,
         "stderr": stderr,
@@ -209,9 +220,11 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     from evalsuite.definitions import prepare
 
     report_of_overlap = contamination.load(request.contamination, data) if request.contamination else None
-    model_sha256 = backends.content_sha256(request.choice)
+    refuse_unwritable(request.output / "results.json")
     prepared = [prepare(benchmark, data, scratch) for benchmark in request.benchmarks]
-    if any(b.runs_programs for b in request.benchmarks):
+    _refuse_shared_leaves(prepared)
+    model_sha256 = backends.content_sha256(request.choice)
+    if any(task.runs_programs for task in prepared):
         from evalsuite.sandbox import Sandbox
 
         Sandbox.shared()
@@ -246,6 +259,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     context = backends.context(request.choice) if missing else None
     for task in missing:
         generation_settings.check_tasks(task.generation, request.choice.backend, context)
+        task.loaded = task_loading.load(task, request.limit)
     export = ResultsFile(
         request.output / "lm_eval", found, {t.benchmark.export_name: keys[t.benchmark.name] for t in prepared}
     )
@@ -270,9 +284,10 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
             entry = score(task.benchmark, results, task.leaves)
             entry["truncated_prompts"] = None if truncated_before is None else model.num_truncated - truncated_before
             entry["fewer_shots"] = results["fewer_shots"]
+            entry["repeats"] = max(int(config.get("repeats") or 1) for config in results["configs"].values())
             if (entry["generation"] or {}).get("do_sample"):
                 entry["sampling_seed"] = backends.sampling_seed(request.choice)
-                entry["samples_per_problem"] = task.benchmark.samples
+                entry["samples_per_problem"] = entry["repeats"]
             entry["seconds"] = round(time.monotonic() - started, 2)
             entry["key"] = key
             entry["data_sha256"] = task.data_sha256 and hashlib.sha256(task.data_sha256.encode()).hexdigest()
@@ -294,6 +309,21 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
         contamination.add_clean_scores(found, request.output, report_of_overlap)
     write_json(path, found)
     return json.loads(path.read_text())
+
+
+def _refuse_shared_leaves(prepared: Sequence[Any]) -> None:
+    """UserError where two benchmarks ask one task of lm-eval in two ways: its own format has one entry for each task."""
+    asked: dict[str, Any] = {}
+    for task in prepared:
+        for leaf in task.leaves:
+            first = asked.setdefault(leaf, task.benchmark)
+            if first.num_fewshot != task.benchmark.num_fewshot or (
+                first.yaml != task.benchmark.yaml and (first.own or task.benchmark.own)
+            ):
+                raise UserError(
+                    f"{first.name} and {task.benchmark.name} both ask {leaf}, in two ways",
+                    fix="evaluate one of them with another --output",
+                )
 
 
 def _proven_model(request: Request, found: dict[str, Any], before: dict[str, Any]) -> Any:
@@ -332,25 +362,17 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
     What lm_eval.simple_evaluate does, with its seeds, but for the report on the environment that it takes from pip and the
     compiler for every call: a second each.
     """
-    import random
-
     import lm_eval
-    import numpy as np
-    import torch
 
     compile_templates_once()
-    random.seed(SEED)
-    np.random.seed(FEWSHOT_SEED)
-    torch.manual_seed(FEWSHOT_SEED)
-    loaded = _loaded(task)
-    for leaf in loaded["tasks"].values():
-        if leaf.get_config("num_fewshot") is None:
-            leaf.set_config(key="num_fewshot", value=0)
+    loaded = task_loading.take(task, limit)
+    loaded.restore()
+    for leaf in loaded.tasks.values():
         leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
         if hasattr(leaf, "fit_to"):
             leaf.fit_to(model)
     results = lm_eval.evaluate(
-        lm=model, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=True
+        lm=model, task_dict=loaded.everything, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=True
     )
     if results is None:
         return None
@@ -358,21 +380,11 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
         values = [v for k, v in results["results"][leaf].items() if "," in k and "_stderr" not in k]
         if any(isinstance(v, float) and math.isnan(v) for v in values):
             raise UserError(f"{leaf}: the model's scores are not numbers", fix="check the model's weights for NaN")
-    ours = {name: leaf for name, leaf in loaded["tasks"].items() if hasattr(leaf, "fit_to")}
+    for name, own in task.own.items():
+        results["configs"][name] |= own.shown
+    ours = {name: leaf for name, leaf in loaded.tasks.items() if hasattr(leaf, "fit_to")}
     asked = {name: rows for name, leaf in ours.items() if (rows := leaf.asked_rows())}
     return {**results, "fewer_shots": sum(leaf.num_fewer for leaf in ours.values()), "asked": asked}
-
-
-def _loaded(task: Any) -> dict[str, Any]:
-    """lm-eval's task objects of a prepared benchmark; UserError for a first item with an empty choice, where it fails."""
-    try:
-        return task.manager.load(list(task.leaves))
-    except IndexError as error:
-        if str(error) != "string index out of range":
-            raise
-        raise UserError(
-            f"task {', '.join(task.leaves)}, item 0: a choice is empty", fix="no choice may be empty"
-        ) from None
 
 
 def compile_templates_once() -> None:

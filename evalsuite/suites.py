@@ -16,6 +16,7 @@ from tinyllama.errors import UserError, nearest
 
 HARNESS, PAPER = PROTOCOLS = ("harness", "paper")
 
+PREFERRED = ("acc_norm", "acc", "exact_match", "f1")  # metrics, for the headline of a task that names none
 HUMANEVAL = "openai__openai_humaneval"
 PAPER_TEMPERATURE = 0.1  # of tl_humaneval.yaml
 DROP_NOTE = (
@@ -35,8 +36,9 @@ class Benchmark:
     paper); None for a task that is only known by name. dataset: its folder in a bundle. metric: the headline metric (key
     before the comma); empty for the task's first. num_fewshot: None for the definition's. leaves: how many there must be,
     None where that is not known. task: what lm-eval calls it, where that is not the name. mean: over all items, or over
-    the leaves' means. samples, temperature: of the completions of a problem, where programs are run; None for the
-    definition's. variant: another task's definition under a name of its own. own: `yaml` is a file of the user's.
+    the leaves' means; None for what lm-eval's group says, else items. samples, temperature: of the completions of a
+    problem, where programs are run; None for the definition's. variant: another task's definition under a name of its
+    own. own: `yaml` is a file of the user's.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Benchmark:
     note: str | None = None
     task: str | None = None
     protocol: str = HARNESS
-    mean: Literal["items", "leaves"] = "items"
+    mean: Literal["items", "leaves"] | None = "items"
     samples: int = 1
     temperature: float | None = None
     variant: bool = False
@@ -153,7 +155,7 @@ def benchmark(name: str, protocol: str = HARNESS) -> Benchmark:
     by_task = {member.lm_eval_name: member for member in BY_PAPER.values()}
     if name in by_task:
         return dataclasses.replace(by_task[name], name=name, title=name)
-    return Benchmark(name, name, "", None, leaves=None)
+    return Benchmark(name, name, "", None, leaves=None, mean=None)
 
 
 def choose(tasks: str, protocol: str = HARNESS) -> tuple[list[Benchmark], list[Suite]]:

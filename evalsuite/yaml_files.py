@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evalsuite.names import short
 from tinyllama.errors import UserError
 
 MOST_BYTES = 4 << 20
 MOST_NODES = 200_000
 DEPTH = 100
 FIX = "see docs/evaluation.md"
+
+
+class Function(str):
+    """A `!function` of a YAML file: the dotted name of what is called."""
 
 
 def refuse_unreadable(path: Path, where: str = "", fix: str | None = None) -> None:
@@ -74,7 +80,7 @@ def _text(path: Path, what: str, where: str) -> str:
 
 
 def _loader() -> Any:
-    """YAML, with lm-eval's `!function` as text and without repeated keys."""
+    """YAML, with lm-eval's `!function` as a `Function` and without repeated keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -89,7 +95,7 @@ def _loader() -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep=deep)
 
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
     return Loader
 
 
@@ -111,3 +117,45 @@ def _refuse_bomb(found: Any, where: str) -> None:
                 walk(inner, depth + 1)
 
     walk(found, 0)
+
+
+def task(path: Path, where: str = "") -> tuple[dict[str, Any], list[Path]]:
+    """A task's definition with the files that it includes, as lm-eval joins them, and all of those files.
+
+    UserError, beginning with `where`, for one that cannot be read, that includes itself, or that is none.
+    """
+    files: list[Path] = []
+
+    def joined(file: Path, place: str, above: tuple[Path, ...]) -> dict[str, Any]:
+        resolved = Path(os.path.realpath(file))
+        if resolved in above:
+            raise UserError(f"{place}{file} includes itself", fix="take that include out")
+        own = mapping(file, "task", place)
+        if resolved not in files:
+            files.append(resolved)
+        names = own.pop("include", None)
+        found: dict[str, Any] = {}
+        for name in names if isinstance(names, list) else [] if names is None else [names]:
+            if not isinstance(name, str):
+                raise UserError(f"{place}{file}: include {short(name)} is not a file's name", fix=FIX)
+            inner = joined(resolved.parent / name, f"{place}{file}: include ", (*above, resolved))
+            inner.pop("task_list", None)
+            found |= inner
+        return found | own
+
+    return joined(path, where, ()), files
+
+
+def modules(path: Path, folder: Path) -> list[Path]:
+    """The Python files in or below a folder that the functions of a task's definition are in."""
+
+    def functions(value: Any) -> Iterator[Function]:
+        if isinstance(value, Function):
+            yield value
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from functions(inner)
+
+    names = {name.rpartition(".")[0] for name in functions(task(path)[0])}
+    found = [folder / f"{name.replace('.', '/')}.py" for name in sorted(names) if name]
+    return [file for file in found if file.is_file()]

@@ -103,9 +103,18 @@ def test_what_a_suite_asks_is_what_decides_a_result(folder, tmp_path):
 
 def test_groups_have_the_leaves_that_they_must(tmp_path, folder):
     """By lm-eval's index: a group, its nested groups and a tag, with the rows of a bundle or without."""
-    group = suites.Benchmark("blimp", "blimp", "", None, leaves=None)
+    group = suites.benchmark("blimp")
     prepared = definitions.prepare(group, None, tmp_path)
     assert len(prepared.leaves) == 67
+    assert (prepared.benchmark.mean, prepared.benchmark.metric) == ("leaves", "acc")  # its weight_by_size is false
+    by_items = dataclasses.replace(group, mean="items")
+    assert definitions.prepare(by_items, None, tmp_path).benchmark.mean == "items"
+    with pytest.raises(
+        UserError, match=r"the tasks of glue have no metric in common \(cola mcc; mnli acc; mrpc acc, f1\)"
+    ):
+        definitions.prepare(suites.benchmark("glue"), None, tmp_path)
+    with pytest.raises(UserError, match="runs programs that the model wrote"):
+        definitions.prepare(suites.benchmark("longproc_pseudo_to_code_0.5k"), None, tmp_path)
     tag = suites.Benchmark("ai2_arc", "ai2_arc", "", None, leaves=None)
     assert definitions.prepare(tag, None, tmp_path).leaves == ["arc_challenge", "arc_easy"]
     nested = suites.Benchmark("mmlu_again", "mmlu", "acc", 1, leaves=57, task="mmlu", variant=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PROMPTS = (
     "Question: What is 17 + 25?\nAnswer: 42\n\nQuestion: What is 36 + 28?\nAnswer: 64\n\nQuestion: What is 9 + 14?\nAnswer:",
     "Zürich, São Paulo, Århus und Kraków: 4 cities — “quoted”, naïve café… \u6771\u4eac \u20ac12.50",
 )
+HEAD = "lm_head.weight"
 POSITIONS, GREEDY_TOKENS, SHORTEST = 16, 8, 4
 # Largest difference of a log-probability, from the same in float32: rounding, with room. A wrong conversion is far off.
 TOLERANCE = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.4}
@@ -60,7 +62,7 @@ def not_compared(choice: ModelChoice, content_sha256: str) -> dict[str, Any] | N
         return {"compared": False, "reason": f"not a Llama but {config.get('model_type')}"}
     if choice.backend != "native":
         try:
-            ModelConfig.from_hf(choice.path)
+            _our_config(Path(choice.path))
         except ConfigError as error:
             return {"compared": False, "reason": f"a Llama that ours does not compute ({error.what})"}
     record = Path(choice.path) / RECORD
@@ -124,15 +126,50 @@ def _reference(choice: ModelChoice) -> tuple[str, Callable[[list[int]], Any], in
                 return theirs(torch.tensor([ids], device=device)).logits[0].cpu()
 
         return "transformers", transformers_logits, int(theirs.config.vocab_size)
-    from tinyllama.model.hf import load_model
-
-    ours = load_model(choice.path, "float32", device)
+    ours = _ours(Path(choice.path), device)
 
     def our_logits(ids: list[int]) -> Any:
         with torch.no_grad():
             return ours(torch.tensor([ids], device=device))[0].cpu()
 
     return "native", our_logits, ours.config.vocab_size
+
+
+def _our_config(directory: Path) -> ModelConfig:
+    """The shape of a Llama whose logits ours can compute: of a head that is tied to the embedding it has a copy."""
+    raw = json.loads((directory / "config.json").read_text())
+    if not raw.get("tie_word_embeddings"):
+        return ModelConfig.from_hf(directory)
+    with tempfile.TemporaryDirectory(prefix="tinyllama-parity-") as untied:
+        (Path(untied) / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+        try:
+            return ModelConfig.from_hf(untied)
+        except ConfigError as error:
+            raise ConfigError(error.what.replace(untied, str(directory)), fix=error.fix) from None
+
+
+def _ours(directory: Path, device: str) -> Any:
+    """Our implementation of a directory's weights, in float32."""
+    import torch
+
+    from tinyllama.model.hf import fill, load_model, read_tensors
+    from tinyllama.model.llama import Llama
+
+    if not json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"):
+        return load_model(directory, "float32", device)
+
+    def with_head() -> Iterator[tuple[str, Any]]:
+        for name, tensor in read_tensors(directory):
+            if name != HEAD:
+                yield name, tensor
+            if name == "model.embed_tokens.weight":
+                yield HEAD, tensor
+
+    with torch.device("meta"):
+        model = Llama(_our_config(directory))
+    model = model.to_empty(device=device).float()
+    fill(model, with_head(), str(directory))
+    return model.eval()
 
 
 def compare(model: Any, wanted: Expected, choice: ModelChoice) -> dict[str, Any]:

@@ -70,3 +70,59 @@ def test_the_results_say_it(llama, tmp_path):
         "compared": False,
         "reason": "--no-parity-check",
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "compared"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"num_key_value_heads": 2}, True),  # as many as heads, which a missing number means too
+        ({"attention_bias": True}, False),
+        ({"mlp_bias": True, "tie_word_embeddings": True}, False),
+        ({"head_dim": 16}, False),
+    ],
+)
+def test_what_transformers_computes_is_not_refused_for_what_ours_does_not(tmp_path, changes, compared):
+    """Compared where ours can compute it; else the results say why not, and hf scores it."""
+    directory = random_llama.build(tmp_path / "model", 64, **changes)
+    if changes == {"num_key_value_heads": 2}:
+        config = json.loads((directory / "config.json").read_text())
+        del config["num_key_value_heads"]
+        (directory / "config.json").write_text(json.dumps(config))
+    choice = backends.choose(str(directory), "hf", "float32", None, None)
+    found = parity.not_compared(choice, backends.content_sha256(choice))
+    model = backends.make(choice, tmp_path)
+    if found is None:
+        found = parity.compare(model, parity.expected(choice), choice)
+        assert found["largest_logprob_difference"] < 1e-4
+        assert found["positions"] > 60
+    else:
+        assert f"ours does not compute ({directory / 'config.json'}: {next(iter(changes))}=" in found["reason"]
+        assert parity.sentence(found).startswith("not checked against another implementation: a Llama that ours ")
+    assert found["compared"] == compared
+    (score, _), *_ = model.loglikelihood(random_llama.asked("loglikelihood", [("def", " f")]))
+    assert score < 0
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 5, 8, 12])
+def test_a_short_context_is_compared_within_itself(llama, tmp_path, max_length):
+    for backend in ("native", "hf"):
+        choice = backends.choose(str(llama), backend, "float32", None, max_length)
+        found = parity.compare(backends.make(choice, tmp_path), parity.expected(choice), choice)
+        assert found["positions"] >= 4 * min(max_length, parity.GREEDY_TOKENS)
+
+
+def test_a_comparison_that_fails_names_its_option(tmp_path):
+    """transformers fills what is missing with random weights; ours says so."""
+    from safetensors.torch import load_file, save_file
+
+    from evalsuite import runner, suites
+
+    directory = random_llama.build(tmp_path / "model", 64)
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    choice = backends.ModelChoice(str(directory), "hf", "float32", None)
+    request = runner.Request(choice, suites.select("piqa"), "mini", None, tmp_path / "out")
+    with pytest.raises(UserError, match=r"model\.norm\.weight.*; or use --no-parity-check"):
+        runner._proven_model(request, {"content_sha256": ""}, {})

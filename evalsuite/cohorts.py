@@ -21,6 +21,7 @@ class Prompt:
     """One request: tokens to continue by at most `most` others, the strings that end it, and how a token is chosen.
 
     temperature 0 takes the most likely token; otherwise tokens are drawn from `seed`'s own stream, whatever else runs.
+    ends: tokens after which a text ends, beside the tokenizer's end of text.
     """
 
     ids: list[int]
@@ -28,6 +29,7 @@ class Prompt:
     stops: tuple[str, ...]
     temperature: float = 0.0
     seed: int = 0
+    ends: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -49,7 +51,7 @@ class Row:
         self.ended = token == eos
         if not self.ended:
             self.made.append(token)
-            self.ended = len(self.made) >= self.prompt.most
+            self.ended = len(self.made) >= self.prompt.most or token in self.prompt.ends
 
 
 class Rows:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tinyllama.data.durable import read_json
 from tinyllama.errors import UserError, nearest
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
@@ -149,6 +151,29 @@ def check_tasks(generation: Mapping[str, Any], backend: str, context: int | None
                 room_for_prompt(context, settings.most)
         except UserError as error:
             raise UserError(f"task {name}: {error.what}", fix=error.fix) from None
+
+
+def ends(directory: Path) -> tuple[int, ...]:
+    """Tokens after which transformers ends a text of this model, beside the tokenizer's own end of text."""
+    generation = read_json(directory / "generation_config.json")
+    found = (generation if isinstance(generation, dict) else read_json(directory / "config.json") or {}).get(
+        "eos_token_id"
+    )
+    return tuple(token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int))
+
+
+def check_model(directory: Path) -> None:
+    """UserError where a model's generation_config.json asks transformers for what the native backend cannot do.
+
+    What it says of drawing is not asked: a task says whether and how its texts are drawn.
+    """
+    path = directory / "generation_config.json"
+    given = read_json(path)
+    kept = {k: v for k, v in given.items() if k in NEUTRAL and k not in OF_DRAWING} if isinstance(given, dict) else {}
+    try:
+        GenerationSettings.of(kept).check("native")
+    except UserError as error:
+        raise UserError(f"{path}: {error.what}", fix=f"{error.fix}, or leave the setting out") from None
 
 
 def room_for_prompt(context: int, generated: int) -> int:

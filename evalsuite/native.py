@@ -16,7 +16,7 @@ import torch
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from transformers import AutoTokenizer, LlamaConfig
 
-from evalsuite import scorable
+from evalsuite import generation_settings, scorable
 from evalsuite.backends import ModelChoice, exact_float32, tokenizer_directory
 from evalsuite.budget import TOKENS_PER_ROW, Budget, budget_of, free_bytes
 from evalsuite.cohorts import Prompt
@@ -72,6 +72,7 @@ class NativeLM(CountingHFLM):
     """lm-eval's interface over an `engines.Engine`; greedy or temperature sampling."""
 
     engine: Engine
+    _ends: tuple[int, ...] = ()
 
     @property
     def work(self) -> Work:
@@ -122,7 +123,7 @@ class NativeLM(CountingHFLM):
                 f"the tokenizer of {choice.path} has {num_tokens} pieces, the model {body.config.vocab_size}",
                 fix="use the tokenizer that the model was trained with",
             )
-        return cls(
+        model = cls(
             pretrained=body,
             tokenizer=tokenizer,
             batch_size=choice.batch_size or 1,
@@ -130,6 +131,9 @@ class NativeLM(CountingHFLM):
             dtype=DTYPES[choice.dtype],
             backend="causal",
         )
+        if not checkpoint.is_checkpoint(choice.path):
+            model._ends = generation_settings.ends(Path(choice.path))
+        return model
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -172,7 +176,7 @@ class NativeLM(CountingHFLM):
             seed = seed_of(ids, repeats[context], SAMPLING_SEED)
             repeats[context] += 1
             stops = tuple(handle_stop_sequences(list(settings.stops), eos=eos))
-            prompts.append(Prompt(ids[-room:], settings.most, stops, settings.temperature, seed))
+            prompts.append(Prompt(ids[-room:], settings.most, stops, settings.temperature, seed, self._ends))
         if not prompts:
             return []
         texts = [self.tok_decode(tokens) for tokens in self.engine.extend(prompts)]

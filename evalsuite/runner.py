@@ -257,6 +257,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     found["tasks"] = _kept(before, found, keys) if request.resume else {}
     missing = [t for t in prepared if t.benchmark.name not in found["tasks"]]
     context = backends.context(request.choice) if missing else None
+    if request.choice.backend == "native" and any(task.generates for task in missing):
+        generation_settings.check_model(Path(request.choice.path))
     for task in missing:
         generation_settings.check_tasks(task.generation, request.choice.backend, context)
         task.loaded = task_loading.load(task, request.limit)

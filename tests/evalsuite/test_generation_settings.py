@@ -10,7 +10,7 @@ import pytest
 import random_llama
 
 from evalsuite import backends, parity, runner, suites
-from evalsuite.generation_settings import GenerationSettings, check_tasks
+from evalsuite.generation_settings import GenerationSettings, check_model, check_tasks
 from tinyllama.errors import UserError
 
 GREEDY: dict[str, Any] = {"until": ["\n"], "do_sample": False}
@@ -156,6 +156,20 @@ def test_it_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=reason):
         runner.evaluate(request, lambda *_: None)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_model_s_own_settings_are_those_of_transformers_or_refused(tmp_path):
+    path = tmp_path / "generation_config.json"
+    check_model(tmp_path)
+    path.write_text(
+        '{"eos_token_id": [2, 7], "do_sample": true, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.0}'
+    )
+    check_model(tmp_path)
+    path.write_text('{"eos_token_id": 2, "repetition_penalty": 1.1}')
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: generation setting repetition_penalty=1\.1 is not one"
+    ):
+        check_model(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, -5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from typing import Any
 
@@ -196,3 +197,23 @@ def test_answers_are_kept_by_lm_eval_s_cache(models, tmp_path):
         cached.generate_until(asked("generate_until", drawn))
         assert calls == [1, 1, 1]
     ours.set_cache_hook(type(ours.cache_hook)(None))
+
+
+def test_a_text_ends_after_any_of_the_model_s_ends(tmp_path):
+    """generation_config.json may name several tokens, as those of chat models do."""
+    from lm_eval.models.huggingface import HFLM
+
+    directory = random_llama.build(tmp_path / "model", CONTEXT)
+    plain = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
+    wanted = {"until": [], "max_gen_toks": 12}
+    text = each(plain, "generate_until", [("def ", wanted)])[0]
+    (end,) = plain.tok_encode("class")
+    assert "class" in text
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, end]}))
+    theirs = HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=1)
+    ours = backends.make(backends.choose(str(directory), "native", "float32", None, None), tmp_path)
+    arguments = [(prompt, wanted) for prompt in PROMPTS if prompt != LONG]
+    expected = each(theirs, "generate_until", arguments)
+    assert ours.generate_until(asked("generate_until", arguments)) == expected
+    assert len(expected[0]) < len(text)

@@ -8,17 +8,28 @@ nothing is tested. All p-values of a comparison are corrected together.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from evalsuite import scores, statistics
-from evalsuite.scores import Log, Model
-from evalsuite.statistics import Difference
+from evalsuite import samples, scores
+from evalsuite.scores import Log, Model, Score
 from evalsuite.suites import SUITES
 from tinyllama.errors import UserError
+from tinyllama.stats.intervals import Interval
+from tinyllama.stats.means import ALPHA, holm
+from tinyllama.stats.paired import Difference, Pairs, mean_of, paired, separate
+from tinyllama.units import SHARE
 
-Tested = tuple[Difference | None, str | None]  # a test, or the reason why there is none
+
+class Tested(NamedTuple):
+    """A test, or the reason why there is none; and the items that were paired, which a suite's test takes too."""
+
+    test: Difference | None = None
+    reason: str | None = None
+    pairs: tuple[Pairs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +43,11 @@ class Comparison:
     reason: str | None
     p_holm: float | None
     higher_is_better: bool
+    unit: str = SHARE
 
     @property
     def significant(self) -> bool:
-        return self.p_holm is not None and self.p_holm < statistics.ALPHA
+        return self.p_holm is not None and self.p_holm < ALPHA
 
     @property
     def change(self) -> float:
@@ -90,22 +102,41 @@ def _distinct(models: list[Model]) -> list[Model]:
     return named
 
 
-def _paired(before: Log, after: Log) -> Tested:
-    """The test on the items that both answered; (None, None) where there are no logs to compare."""
+def _paired(before: Log, after: Log, score: Score) -> Tested:
+    """The test on the items that both answered; nothing where there are no logs to compare. score: the first one."""
     (first, means), (second, other_means) = before, after
     how = next((mean for mean in means if mean in other_means), None)
     if how is None:
-        return None, None
-    values = {item.key: item.value for item in second}
-    pairs = [(item, values[item.key]) for item in first if item.key in values]
-    if not pairs:
-        return None, "no item in common"
-    if how == "items":
-        return statistics.paired([item.value for item, _ in pairs], [value for _, value in pairs]), None
-    leaves: dict[str, list[tuple[float, float]]] = {}
-    for item, value in pairs:
-        leaves.setdefault(item.key.leaf, []).append((item.value, value))
-    return statistics.mean_of([statistics.paired(*zip(*part, strict=True)) for part in leaves.values()]), None
+        return Tested()
+    others = {item.key: item.value for item in second}
+    common = [item for item in first if item.key in others]
+    if not common:
+        return Tested(reason="no item in common")
+    leaves = [common] if how == "items" else list(samples.by_leaf(common).values())
+    pairs = tuple(_pairs(items, [others[item.key] for item in items], 1 / len(leaves)) for items in leaves)
+    if score.metric in samples.EXPONENTIALS:
+        return Tested(_of_logarithms(paired(pairs, share=False), score.value))
+    return Tested(paired(pairs, score.unit == SHARE), None, pairs)
+
+
+def _pairs(items: list[samples.Item], others: list[float], weight: float) -> Pairs:
+    sizes = [item.size for item in items]
+    groups = [item.group for item in items]
+    return Pairs([i.value for i in items], others, weight, groups, None if all(s == 1 for s in sizes) else sizes)
+
+
+def _of_logarithms(found: Difference, first: float) -> Difference:
+    """A difference of logarithms as one of the scores themselves, of which the first is known."""
+
+    def change(logarithm: float) -> float:
+        return first * math.expm1(min(logarithm, 700.0))
+
+    interval = found.interval and Interval(
+        change(found.interval.low), change(found.interval.high), "t, of the logarithm"
+    )
+    return dataclasses.replace(
+        found, difference=change(found.difference), stderr=first * found.stderr, interval=interval
+    )
 
 
 def _test(first: Model, model: Model, task: str, log: Log) -> Tested:
@@ -113,25 +144,31 @@ def _test(first: Model, model: Model, task: str, log: Log) -> Tested:
     before, after = first.scores[task], model.scores[task]
     reason = scores.other_sense(after, before)
     if reason:
-        return None, reason
-    test, reason = _paired(log, model.log(task))
-    if test or reason:
-        return test, reason
+        return Tested(reason=reason)
+    found = _paired(log, model.log(task), before)
+    if found.test or found.reason:
+        return found
     if scores.other_data(after, before):
-        return None, "other data"
-    if before.stderr is None or after.stderr is None:
-        return None, "no standard error"
-    return statistics.unpaired((before.value, before.stderr), (after.value, after.stderr)), None
+        return Tested(reason="other data")
+    if before.estimate is None or after.estimate is None:
+        return Tested(reason="no standard error")
+    return Tested(separate(before.estimate, after.estimate))
 
 
 def _suite_test(first: Model, model: Model, suite: str, tests: dict[str, Tested]) -> Tested:
-    """The test of a suite's mean, from those of its benchmarks."""
+    """The test of a suite's mean: of all its benchmarks' items where all are paired, else from the benchmarks' tests."""
     members = first.suites[suite]
     if set(members) != set(model.suites[suite]):
-        return None, "other benchmarks"
-    parts = [tests.get(name, (None, f"{name} is not in both")) for name in members]
-    reason = next((reason for test, reason in parts if test is None), None)
-    return (None, reason) if reason else (statistics.mean_of([test for test, _ in parts if test]), None)
+        return Tested(reason="other benchmarks")
+    parts = [tests.get(name, Tested(reason=f"{name} is not in both")) for name in members]
+    reason = next((part.reason for part in parts if part.test is None), None)
+    if reason:
+        return Tested(reason=reason)
+    share = first.scores[suite].unit == SHARE
+    if all(part.pairs for part in parts):
+        weighed = [dataclasses.replace(p, weight=p.weight / len(parts)) for part in parts for p in part.pairs]
+        return Tested(paired(weighed, share))
+    return Tested(mean_of([part.test for part in parts if part.test], share))
 
 
 def _by_tokens(models: list[Model]) -> list[Model]:
@@ -161,10 +198,10 @@ def compare(names: Sequence[str], by_tokens: bool = False) -> Report:
     for model in models[1:]:
         found = tests[model.name]
         found |= {s: _suite_test(first, model, s, found) for s in first.suites if s in model.suites}
-        for task, (test, reason) in found.items():
+        for task, tested in found.items():
             before, after = first.scores[task], model.scores[task]
-            difference = after.value - before.value
-            comparisons.append(Comparison(model.name, task, difference, test, reason, None, before.higher_is_better))
-    corrected = iter(statistics.holm([c.test.p for c in comparisons if c.test]))
+            own = (tested.test, tested.reason, None, before.higher_is_better, before.unit)
+            comparisons.append(Comparison(model.name, task, after.value - before.value, *own))
+    corrected = iter(holm([c.test.p for c in comparisons if c.test]))
     comparisons = [dataclasses.replace(c, p_holm=next(corrected)) if c.test else c for c in comparisons]
     return Report(models, suites, list(others), comparisons)

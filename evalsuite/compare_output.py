@@ -1,7 +1,8 @@
 """A comparison as text: tables for the terminal, Markdown and LaTeX, and every number for CSV and JSON.
 
-Values and differences are in percent. A cell says what its number is worth: † low confidence, ¹ another setting than the
-first row's, * a significant difference, ~ one within noise, ? one that could not be tested.
+Shares and their differences are in percent, other scores in their own unit. A cell says what its number is worth: † low
+confidence, ¹ another setting than the first row's, * a significant difference, ~ one within noise, ? one that could not
+be tested.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from evalsuite import scores
 from evalsuite.compare import Comparison, Report
 from evalsuite.files import plain
 from evalsuite.scores import Model, Score
-from evalsuite.statistics import ALPHA, Interval
 from evalsuite.suites import BENCHMARKS, SUITE_TITLES
 from evalsuite.table import LOW, LOW_NOTE, abbreviated, markdown_table
+from tinyllama import units
+from tinyllama.stats.intervals import Interval
+from tinyllama.stats.means import ALPHA
+from tinyllama.units import SHARE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,12 +48,10 @@ class Sheet:
     notes: list[str]
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def _range(interval: Interval | None, between: str = "–") -> str:
-    return f"{100 * interval.low:.1f}{between}{100 * interval.high:.1f}" if interval else ""
+def _range(interval: Interval | None, unit: str, between: str = "–") -> str:
+    if interval is None:
+        return ""
+    return f"{units.text(interval.low, unit, 1)}{between}{units.text(interval.high, unit, 1)}"
 
 
 def _p(value: float | None) -> str:
@@ -93,17 +95,17 @@ def _cell(report: Report, model: Model, task: str, notes: _Notes, intervals: boo
     score = model.scores.get(task)
     if score is None:
         return ("n/a",)
-    value, reference = _percent(score.value), _reference(report, task)
+    value, reference = units.text(score.value, score.unit), _reference(report, task)
     if score.low_confidence and not model.low_confidence:
         value += LOW
     own = scores.setting(score)
     found = [*([own] if own != notes.usual else []), *scores.departures(score, reference)]
     if found:
         value += notes.mark("; ".join(found))
-    lines = [value, *([_range(score.interval)] if intervals and score.interval else [])]
+    lines = [value, *([_range(score.interval, score.unit)] if intervals and score.interval else [])]
     comparison = report.comparison(model, task)
     if comparison:
-        lines.append(f"{100 * comparison.change:+.2f}{_mark(comparison)}")
+        lines.append(f"{units.text(comparison.change, comparison.unit, signed=True)}{_mark(comparison)}")
     return tuple(lines)
 
 
@@ -134,8 +136,15 @@ def _values(report: Report, title: str, tasks: list[str], suite: str | None, cur
         texts.append(LOW_NOTE)
     if any(report.comparison(model, task) for model in report.models for task in tasks):
         texts.append(f"below the first row, the difference from it: {LEGEND}")
-    headings = ["model", "tokens", *("avg" if task == suite else _title(task) for task in tasks)]
-    return Sheet(f"{title}, percent", headings, rows, texts + notes.lines())
+    own = {task: _reference(report, task).unit for task in tasks}
+    one = len(set(own.values())) == 1
+    names = ["avg" if task == suite else _title(task) for task in tasks]
+    if not one:
+        names = [
+            f"{name}, {words}" if (words := units.words(own[t])) else name for t, name in zip(tasks, names, strict=True)
+        ]
+    words = units.words(next(iter(own.values()))) if one else ""
+    return Sheet(f"{title}, {words}" if words else title, ["model", "tokens", *names], rows, texts + notes.lines())
 
 
 def _differences(report: Report) -> Sheet:
@@ -145,12 +154,13 @@ def _differences(report: Report) -> Sheet:
         for model in report.models[1:]:
             found = report.comparison(model, task)
             if found:
-                texts = [_title(task), model.name, f"{100 * found.change:+.2f}", "", "", "", "", found.verdict]
+                change = units.text(found.change, found.unit, signed=True)
+                texts = [_title(task), model.name, change, "", "", "", "", found.verdict]
                 if found.test:
                     texts[3:7] = [
-                        _range(found.test.interval, " to "),
+                        _range(found.test.interval, found.unit, " to "),
                         found.test.method,
-                        _pairs(found, model),
+                        _pairs(found, report.models[0], model),
                         _p(found.p_holm),
                     ]
                 rows.append([(text,) for text in texts])
@@ -160,16 +170,30 @@ def _differences(report: Report) -> Sheet:
         notes.append(f"p: after Holm's correction for the {tests} tests here; within noise: p of {ALPHA} or more")
     if any(c.test and c.test.pairs is None for c in report.comparisons):
         notes.append("no pairs: two separate means; a smaller difference would show on the same items")
+    clustered = [c.task for c in report.comparisons if c.test and c.test.clusters and c.test.clusters != c.test.pairs]
+    if clustered:
+        names = ", ".join(dict.fromkeys(map(_title, clustered)))
+        notes.append(f"{names}: some items share a text; these are one observation (in clusters)")
+    lower = dict.fromkeys(_title(c.task) for c in report.comparisons if not c.higher_is_better)
+    if lower:
+        notes.append(f"lower is better: {', '.join(lower)}")
+    kinds = {c.unit for c in report.comparisons}
+    title = "Differences, percentage points" if kinds == {SHARE} else "Differences"
+    if kinds != {SHARE}:
+        own = {_title(c.task): units.difference_words(c.unit) or "its own unit" for c in report.comparisons}
+        notes.append(f"units: {', '.join(f'{name} {words}' for name, words in own.items())}")
     headings = ["score", "model", "diff", "95% interval", "test", "pairs", "p", "verdict"]
-    return Sheet("Differences, percentage points", headings, rows, notes)
+    return Sheet(title, headings, rows, notes)
 
 
-def _pairs(comparison: Comparison, model: Model) -> str:
-    """How many items were compared, and of how many where it is not all."""
-    pairs, count = comparison.test.pairs if comparison.test else None, model.scores[comparison.task].n
-    if pairs is None:
+def _pairs(comparison: Comparison, first: Model, model: Model) -> str:
+    """How many items were compared, of how many where that is not all of both, and in how many clusters."""
+    test = comparison.test
+    if test is None or test.pairs is None:
         return "none"
-    return f"{pairs:,} of {count:,}" if count is not None and count != pairs else f"{pairs:,}"
+    known = [n for n in (first.scores[comparison.task].n, model.scores[comparison.task].n) if n is not None]
+    text = f"{test.pairs:,} of {max(known):,}" if known and max(known) != test.pairs else f"{test.pairs:,}"
+    return f"{text} in {test.clusters:,}" if test.clusters and test.clusters != test.pairs else text
 
 
 def sheets(report: Report, curve: bool = False, intervals: bool = True) -> list[Sheet]:
@@ -239,7 +263,7 @@ def latex(report: Report, curve: bool = False) -> str:
 
 
 def record(report: Report) -> dict[str, Any]:
-    """Every number, as shares of 1."""
+    """Every number, shares as parts of 1."""
     first = report.models[0]
     models = []
     for model in report.models:
@@ -263,12 +287,14 @@ def _difference_record(comparison: Comparison) -> dict[str, Any]:
 
 
 def as_csv(report: Report) -> str:
-    """A line for each model and score, in percent."""
+    """A line for each model and score, shares in percent, other scores in their `unit`."""
     rows = []
     for model in report.models:
         for task in (task for task in report.tasks() if task in model.scores):
             score, found = model.scores[task], report.comparison(model, task)
             test = found.test if found else None
+            bounds = test.interval if test else None
+            own = score.unit
             rows.append(
                 {
                     "model": model.name,
@@ -281,13 +307,14 @@ def as_csv(report: Report) -> str:
                     "data": score.bundle,
                     "dtype": score.dtype,
                     "items": score.n,
-                    "value": _rounded(score.value),
-                    "low": _rounded(score.interval.low if score.interval else None),
-                    "high": _rounded(score.interval.high if score.interval else None),
+                    "unit": units.words(own),
+                    "value": _rounded(score.value, own),
+                    "low": _rounded(score.interval.low if score.interval else None, own),
+                    "high": _rounded(score.interval.high if score.interval else None, own),
                     "low_confidence": score.low_confidence,
-                    "difference": _rounded(found.change if found else None),
-                    "difference_low": _rounded(test.interval.low if test else None),
-                    "difference_high": _rounded(test.interval.high if test else None),
+                    "difference": _rounded(found.change if found else None, own),
+                    "difference_low": _rounded(bounds.low if bounds else None, own),
+                    "difference_high": _rounded(bounds.high if bounds else None, own),
                     "test": test.method if test else None,
                     "pairs": test.pairs if test else None,
                     "p": test.p if test else None,
@@ -302,9 +329,9 @@ def as_csv(report: Report) -> str:
     return stream.getvalue()
 
 
-def _rounded(value: float | None) -> float | None:
-    """In percent, to what is meant."""
-    return None if value is None else round(100 * value, 6)
+def _rounded(value: float | None, unit: str) -> float | None:
+    """Shares in percent, to what is meant."""
+    return None if value is None else round(units.scale(unit) * value, 6)
 
 
 def text(report: Report, form: str, curve: bool = False) -> str:

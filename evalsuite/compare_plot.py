@@ -12,6 +12,7 @@ from evalsuite.scores import PUBLISHED, Model
 from evalsuite.suites import BENCHMARKS, SUITE_TITLES
 from tinyllama.data.durable import write_text
 from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.units import SHARE
 
 if TYPE_CHECKING:
     from evalsuite.compare import Report
@@ -36,6 +37,10 @@ def picture(report: Report, curve: bool = False) -> Picture:
     others = [model for model in report.models if _is_published(model)]
     tasks = report.tasks()
     shown = [task for task in tasks if task in report.suites] or tasks if curve else tasks
+    unit_of = {task: next(m.scores[task].unit for m in report.models if task in m.scores) for task in shown}
+    unit = SHARE if SHARE in unit_of.values() else unit_of[shown[0]]
+    left_out = [task for task in shown if unit_of[task] != unit]
+    shown = [task for task in shown if unit_of[task] == unit]
     series, findings, markers = [], [], "os^DvP"
     if curve:
         for place, task in enumerate(shown):
@@ -44,7 +49,8 @@ def picture(report: Report, curve: bool = False) -> Picture:
             marker = markers[place % len(markers)]
             label = f"{task}, mean" if task in report.suites else _title(task)
             series.append(Series(label, x, **values, color=place, dash=place, marker=marker))
-            findings.append(f"{label} {values['y'][0]:.1f}% to {values['y'][-1]:.1f}%")
+            ends = [evaluation.written(models[end].scores[task]) for end in (0, -1)]
+            findings.append(f"{label} {ends[0]} to {ends[1]}")
     else:
         for place, model in enumerate(report.models):
             own = [(i, task) for i, task in enumerate(shown) if task in model.scores]
@@ -56,9 +62,11 @@ def picture(report: Report, curve: bool = False) -> Picture:
             color = MUTED if hollow else place
             series.append(Series(label, x, **values, color=color, marker=marker, line=False, hollow=hollow))
             findings.append(
-                f"{label}: {', '.join(f'{_title(task)} {100 * model.scores[task].value:.1f}' for _, task in own)}"
+                f"{label}: {', '.join(f'{_title(task)} {evaluation.written(model.scores[task])}' for _, task in own)}"
             )
     notes = ["Bars: 95% intervals."]
+    if left_out:
+        notes.append(f"Left out, in other units: {', '.join(map(_title, left_out))}.")
     for task in shown:
         notes += [n for n in evaluation.conditions(evaluated, task, others) if n not in notes]
     return Picture(
@@ -66,7 +74,7 @@ def picture(report: Report, curve: bool = False) -> Picture:
         "Scores over tokens" if curve else "Scores",
         f"{'; '.join(findings)}.",
         Axis("tokens trained on", "tokens", "log") if curve else Axis("score"),
-        Axis("score", "percent"),
+        evaluation.axis(unit),
         series,
         notes,
         categories=None if curve else [_title(task) for task in shown],

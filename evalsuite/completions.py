@@ -6,7 +6,6 @@ evaluation's samples.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from evalsuite import passing, runner, samples, statistics
+from evalsuite import passing, samples
+from evalsuite.aggregate import suite_means
 from evalsuite.files import write_json, write_json_lines
 from evalsuite.names import stem
 from evalsuite.table import load_results
 from tinyllama import __version__
 from tinyllama.data.durable import read_json
 from tinyllama.errors import UserError
+from tinyllama.stats.intervals import standard_error
 
 NAME = "completions.jsonl"
 KEYS = ("benchmark", "prompt_hash", "doc_id", "index", "completion")
@@ -91,7 +92,7 @@ def rescore(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
     if not found:
         raise UserError(f"{folder / NAME} is empty", fix="evaluate humaneval")
     suites = [(name, record["benchmarks"]) for name, record in (results.get("own_suites") or {}).items()]
-    results["suites"] = runner.suite_means(results["tasks"], suites)
+    results["suites"] = suite_means(results["tasks"], suites)
     results["rescored"] = __version__
     write_json(folder / "results.json", results)
     return results
@@ -127,9 +128,8 @@ def _update(entry: dict[str, Any], log: list[dict[str, Any]]) -> None:
     headline = values[entry["metric"]]
     entry["value"] = float(headline.mean())
     entry["sandbox"] = passing.sandbox_record()
-    entry["stderr"] = statistics.standard_error(headline) if len(headline) > 1 else None
-    interval = statistics.mean_interval(headline)
-    entry["ci95"] = dataclasses.asdict(interval) if interval else None
+    entry["stderr"] = standard_error(headline) if len(headline) > 1 else None
+    samples.add_intervals(entry, samples.items(log, entry["metric_key"]))
 
 
 def _update_export(folder: Path, entry: dict[str, Any], log: list[dict[str, Any]]) -> None:

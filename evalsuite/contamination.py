@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalsuite import samples
+from evalsuite import aggregate, samples
 from evalsuite.samples import Item
 from tinyllama.data.contamination import FORMAT
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import UserError
+from tinyllama.units import SHARE
 
 FIX = "give a report of tinyllama data contamination BUNDLE's stores --against BUNDLE, with the --data-dir that is evaluated"
 
@@ -85,7 +86,7 @@ def clean_score(entry: dict[str, Any], found: Sequence[Item], report: Report) ->
     An item is "unknown" if the report has no such set, or another number of rows than the task: its positions are then
     not rows.
     """
-    origins_of, how = entry.get("origins") or {}, samples.averagings(entry["value"], found)
+    origins_of, how = entry.get("origins") or {}, samples.averagings(entry["value"], found, entry.get("metric") or "")
     counts: Counter[str] = Counter(overlap=0, short=0, unknown=entry["n"] - len(found))  # what the log lacks is unknown
     clean = []
     for item in found:
@@ -96,7 +97,8 @@ def clean_score(entry: dict[str, Any], found: Sequence[Item], report: Report) ->
             clean.append(item)
         else:
             counts[status] += 1
-    score = samples.mean(clean, how[0]) if how else None
+    exponential = entry.get("metric") in samples.EXPONENTIALS
+    score = samples.mean(clean, how[0], aggregate.unit(entry) == SHARE) if how and not exponential else None
     return {
         "value": score.value if score else None,
         "stderr": score.stderr if score else None,

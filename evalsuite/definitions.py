@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from evalsuite import bundle as bundles
-from evalsuite import leaves, names, passing, rows, task_config, yaml_files
-from evalsuite.suites import HUMANEVAL, PAPER, PREFERRED, Benchmark, unknown_task
+from evalsuite import headline, leaves, names, passing, rows, task_config, yaml_files
+from evalsuite.suites import HUMANEVAL, PAPER, Benchmark, unknown_task
 from evalsuite.tasks import paper_prompts
 from tinyllama.errors import UserError, nearest
 
@@ -144,7 +144,7 @@ def _group_fields() -> set[str]:
 
 def _as_its_group(benchmark: Benchmark, common: set[str]) -> Benchmark:
     """The benchmark with the headline metric and the mean that its definition as a group has, where the benchmark has none:
-    of the group's own metrics acc_norm, acc, exact_match, f1 or the first, by items or by leaves as `weight_by_size` says.
+    of the group's own metrics the first, acc_norm before acc, by items or by leaves as `weight_by_size` says.
     common: the metrics that all of its tasks have.
     """
     entry = _index().get(benchmark.lm_eval_name) if benchmark.yaml is None else None
@@ -154,7 +154,7 @@ def _as_its_group(benchmark: Benchmark, common: set[str]) -> Benchmark:
 
     config = GroupConfig(**{key: value for key, value in entry.cfg.items() if key in _group_fields()})
     listed = {found.metric: found for found in config.aggregate_metric_list or [] if found.metric in common}
-    metric = benchmark.metric or next((name for name in PREFERRED if name in listed), next(iter(listed), ""))
+    metric = benchmark.metric or (headline.choose("", list(listed)) if listed else "")
     name, _, chosen = metric.partition(",")
     if name not in listed:
         return benchmark

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from evalsuite import bundle, definitions, runner, scorable, suites
+from evalsuite import bundle, definitions, runner, samples, scorable, suites
 from evalsuite.counting import CountingHFLM
 from evalsuite.native import hf_config
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.tokenizer.export import export_hf
 
+KEPT = ("value", "stderr", "ci95", "metric", "unit", "n")  # of a task's entry in results.json
 LENGTH_MULTIPLE = 64  # rows are padded to it, so that a compiled model meets few shapes
 
 
@@ -129,7 +130,7 @@ class LiveEvaluation:
         self._lm.only_checks = False
 
     def __call__(self) -> dict[str, dict[str, Any]]:
-        """Per task: value, stderr, metric and n; without those for which the model yields no numbers."""
+        """Per task: value, stderr, ci95, metric, unit and n; without those for which the model yields no numbers."""
         found: dict[str, dict[str, Any]] = {}
         for task in self._prepared:
             try:
@@ -138,8 +139,11 @@ class LiveEvaluation:
             except scorable.NotNumbersError:
                 continue
             if results is not None:
-                entry = runner.score(task.benchmark, results, task.leaves)
-                found[task.benchmark.name] = {key: entry[key] for key in ("value", "stderr", "metric", "n")}
+                with contextlib.suppress(UserError):  # scores that are no numbers; the other ranks wait for this one
+                    entry = runner.score(task.benchmark, results, task.leaves)
+                    rows = samples.rows(results["samples"], entry["protocol"], results["asked"], task.benchmark.cluster)
+                    samples.add_intervals(entry, samples.items(rows, entry["metric_key"]))
+                    found[task.benchmark.name] = {key: entry[key] for key in KEPT}
         known = [found]
         dist.broadcast_object_list(known, group=self._control)
         return known[0]

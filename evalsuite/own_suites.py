@@ -27,8 +27,9 @@ SUFFIXES = (".yaml", ".yml")
 SUITE_KEYS: dict[str, type] = {"name": str, "title": str, "description": str, "tasks": list}
 TASK_KEYS: dict[str, type] = {
     "task": str, "name": str, "title": str, "num_fewshot": int, "metric": str, "mean": str, "leaves": int,
+    "cluster": str,
 }  # fmt: skip
-LINES, MOST_SHOWN = ("title", "description", "metric"), 300  # what tables show
+LINES, MOST_SHOWN = ("title", "description", "metric", "cluster"), 300  # what tables show
 MEANS = ("items", "leaves")
 WORDS = {str: "text", int: "a whole number", list: "a list", dict: "a mapping"}
 
@@ -102,6 +103,7 @@ def _member(path: Path, number: int, item: Any, protocol: str) -> Benchmark:
     if shots is not None and found.fixed_shots and shots != found.num_fewshot:
         raise UserError(f"{where}: {task} always has {found.num_fewshot} shots", fix="leave num_fewshot out")
     changes: dict[str, Any] = {"num_fewshot": shots, "metric": item.get("metric"), "mean": mean, "leaves": leaves}
+    changes["cluster"] = item.get("cluster")
     changes = {key: value for key, value in changes.items() if value is not None}
     as_it_is = {"num_fewshot": found.num_fewshot, "metric": found.metric, "mean": found.mean or "items"}
     changed = [key for key, value in as_it_is.items() if key in changes and changes[key] != value]

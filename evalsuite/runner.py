@@ -20,13 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalsuite import backends, bundle, contamination, generation_settings, samples, statistics, suites, task_loading
+from evalsuite import backends, bundle, contamination, generation_settings, headline, samples, suites, task_loading
+from evalsuite.aggregate import suite_means
 from evalsuite.files import write_json, write_json_lines
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
 from evalsuite.suites import Benchmark
 from tinyllama.data.durable import refuse_unwritable
-from tinyllama.errors import UserError
+from tinyllama.errors import UserError, nearest
 from tinyllama.export import TALKATIVE
+from tinyllama.units import lower_is_better
 
 FORMAT = "tinyllama-results-1"
 TEMPLATES = 1024  # of prompts, kept compiled
@@ -81,7 +83,8 @@ def combine_leaves(values: list[float], stderrs: list[float | None]) -> tuple[fl
 def _common_metrics(results: dict[str, Any], leaves: list[str]) -> list[str]:
     """The metrics that every leaf has, in order; UserError where there is none."""
     parts = [{k.split(",")[0] for k in results["results"][leaf] if "," in k and "_stderr" not in k} for leaf in leaves]
-    if not (found := sorted(set.intersection(*parts))):
+    first = dict.fromkeys(key.split(",")[0] for key in results["results"][leaves[0]])
+    if not (found := [name for name in first if all(name in part for part in parts)]):
         raise UserError(f"{', '.join(leaves[:4])}: no metric in common", fix="name the tasks one by one")
     return found
 
@@ -90,21 +93,24 @@ def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> d
     """Headline metric of a benchmark from lm-eval's results of its leaves."""
     found: dict[str, dict[str, Any]] = {}
     names = _common_metrics(results, leaves)
-    headline = benchmark.metric or next((m for m in suites.PREFERRED if m in names), names[0])
+    config = (results.get("configs") or {}).get(leaves[0], {})
+    chosen = headline.choose(benchmark.metric, headline.in_order(config, names))
     per_leaf = {}
     for leaf in leaves:
         entry, size = results["results"][leaf], results["n-samples"][leaf]["effective"]
-        key = next((k for k in entry if "," in k and headline in (k, k.split(",")[0])), None)
+        key = next((k for k in entry if "," in k and chosen in (k, k.split(",")[0])), None)
         if key is None:
-            raise UserError(f"task {leaf} has no {headline}", fix="name a metric of the task's own, or correct it")
+            raise UserError(f"task {leaf} has no {chosen}", fix="name a metric of the task's own, or correct it")
         metric, filter_name = key.split(",", 1)
+        if not math.isfinite(entry[key]):
+            raise UserError(f"{leaf}: its {metric} is {entry[key]}", fix="check the model's weights")
         stderr = entry.get(f"{metric}_stderr,{filter_name}")
         per_leaf[leaf] = {
             "value": float(entry[key]),
             "stderr": float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
             "n": int(size),
         }
-        found[leaf] = {"key": key, "higher_is_better": results["higher_is_better"][leaf].get(metric, True)}
+        found[leaf] = {"key": key, "higher_is_better": _higher_is_better(results, leaf, metric)}
     values, stderrs, sizes = (list(column) for column in zip(
         *((p["value"], p["stderr"], p["n"]) for p in per_leaf.values()), strict=True))  # fmt: skip
     macro = benchmark.mean == "leaves" and max(sizes) > 1
@@ -116,7 +122,7 @@ def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> d
         if len(leaves) == 1 and "," in k and isinstance(v, int | float) and "_stderr" not in k
     }
     return {
-        "metric": headline.partition(",")[0],
+        "metric": chosen.partition(",")[0],
         "metric_key": found[first]["key"],
         "value": value,
         "stderr": stderr,
@@ -128,30 +134,25 @@ def score(benchmark: Benchmark, results: dict[str, Any], leaves: list[str]) -> d
         "mean": benchmark.mean,
         "task_version": results["versions"].get(first),
         "metrics": others,
-        "generation": (results.get("configs") or {}).get(first, {}).get("generation_kwargs"),
+        "generation": config.get("generation_kwargs"),
         "leaves": per_leaf if len(leaves) > 1 else {},
         "note": benchmark.note,
     }
 
 
-def suite_means(tasks: dict[str, Any], own: Sequence[tuple[str, list[str]]] = ()) -> dict[str, Any]:
-    """Unweighted mean of each suite whose every benchmark is there, with the standard error of independent parts."""
-    means = {}
-    ours = [(name, [member.name for member in members]) for name, members in suites.SUITES.items()]
-    for name, members in (*ours, *own):
-        if all(m in tasks for m in members):
-            stderrs = [tasks[m]["stderr"] for m in members]
-            known = all(s is not None for s in stderrs)
-            value = sum(tasks[m]["value"] for m in members) / len(members)
-            stderr = math.sqrt(sum(s * s for s in stderrs)) / len(members) if known else None
-            means[name] = {
-                "value": value,
-                "stderr": stderr,
-                "ci95": None if stderr is None else dataclasses.asdict(statistics.normal(value, stderr)),
-                "benchmarks": members,
-                "protocol": "+".join(sorted({tasks[m]["protocol"] for m in members})),
-            }
-    return means
+def _refuse_unknown_cluster(benchmark: Benchmark, tasks: dict[str, Any]) -> None:
+    """UserError, before a model is loaded, where a task's items do not have the field that is to make clusters of them."""
+    for name, leaf in tasks.items():
+        known = list(next(iter(leaf.eval_docs)))
+        if benchmark.cluster is not None and benchmark.cluster not in known:
+            what = f"{name}: cluster {benchmark.cluster!r} is no field of its items"
+            raise UserError(what, fix=nearest(benchmark.cluster, known))
+
+
+def _higher_is_better(results: dict[str, Any], leaf: str, metric: str) -> bool:
+    """As the task says, else by the metric's name."""
+    said = results["higher_is_better"][leaf].get(metric)
+    return not lower_is_better(metric) if said is None else bool(said)
 
 
 def _task_key(request: Request, model_sha256: str, task: Any) -> str:
@@ -160,6 +161,8 @@ def _task_key(request: Request, model_sha256: str, task: Any) -> str:
     for name in ("path", "copies"):  # neither changes a score
         choice.pop(name)
     asked = {key: value for key, value in dataclasses.asdict(task.benchmark).items() if key not in ("title", "note")}
+    if asked["cluster"] is None:
+        del asked["cluster"]  # which files from before it do not have
     parts = [model_sha256, choice, request.limit, asked, task.definition_sha256, task.data_sha256, versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -223,6 +226,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     refuse_unwritable(request.output / "results.json")
     prepared = [prepare(benchmark, data, scratch) for benchmark in request.benchmarks]
     _refuse_shared_leaves(prepared)
+    headline.refuse_mixed_units(request.own_suites, prepared)
     model_sha256 = backends.content_sha256(request.choice)
     if any(task.runs_programs for task in prepared):
         from evalsuite.sandbox import Sandbox
@@ -262,6 +266,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     for task in missing:
         generation_settings.check_tasks(task.generation, request.choice.backend, context)
         task.loaded = task_loading.load(task, request.limit)
+        _refuse_unknown_cluster(task.benchmark, task.loaded.tasks)
     export = ResultsFile(
         request.output / "lm_eval", found, {t.benchmark.export_name: keys[t.benchmark.name] for t in prepared}
     )
@@ -294,7 +299,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
             entry["key"] = key
             entry["data_sha256"] = task.data_sha256 and hashlib.sha256(task.data_sha256.encode()).hexdigest()
             entry["origins"] = contamination.origins(results["configs"], results["n-samples"], results["asked"])
-            rows = list(samples.rows(results["samples"], entry["protocol"], results["asked"]))
+            cluster = task.benchmark.cluster
+            rows = list(samples.rows(results["samples"], entry["protocol"], results["asked"], cluster))
             samples.add_intervals(entry, samples.items(rows, entry["metric_key"]))
             write_json_lines(samples.path_of(request.output, name), rows)
             if task.benchmark.runs_programs:

@@ -10,11 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from evalsuite import published, samples, statistics
-from evalsuite.statistics import Interval
+from evalsuite import aggregate, published, samples
 from evalsuite.suites import PAPER, PAPER_TEMPERATURE, SUITES
 from evalsuite.table import load_results
 from tinyllama.errors import UserError, nearest
+from tinyllama.stats.intervals import Estimate, Interval, combined, wilson
+from tinyllama.units import SHARE
 
 PUBLISHED = "published:"
 Log = tuple[list[samples.Item], tuple[samples.Averaging, ...]]
@@ -23,10 +24,11 @@ MINI = "mini"  # the bundle that is not the real data
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A model's value of a benchmark or a suite. value, stderr, interval: as shares of 1.
+    """A model's value of a benchmark or a suite. value, stderr, interval: in `unit`, shares as parts of 1.
 
     metric, num_fewshot: None where the protocol says it in words. data_sha256: of the rows that were asked, None where it is
-    not known. limit: at most so many items of each task. dtype: that the model was computed in, None where it is not known.
+    not known. estimate: what a test without items needs, None of suites. limit: at most so many items of each task. dtype:
+    that the model was computed in, None where it is not known.
     """
 
     value: float
@@ -44,6 +46,8 @@ class Score:
     higher_is_better: bool = True
     low_confidence: bool = False
     clean: dict[str, Any] | None = None
+    unit: str = SHARE
+    estimate: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Model:
         if path is None or not path.exists():
             return [], ()
         found = samples.read(path, score.metric_key)
-        return found, samples.averagings(score.value, found)
+        return found, samples.averagings(score.value, found, score.metric or "")
 
 
 def load(name: str) -> Model:
@@ -88,10 +92,12 @@ def _measured(path: Path, results: dict[str, Any]) -> Model:
     def score(entry: dict[str, Any], **more: Any) -> Score:
         interval = Interval(**entry["ci95"]) if entry.get("ci95") else None
         protocol = f"{entry['protocol']} (lm-eval {version}{_drawn(entry)})"
-        higher = entry.get("higher_is_better", True)
+        higher, unit = entry.get("higher_is_better", True), aggregate.unit(entry)
+        if not math.isfinite(entry["value"]):
+            raise UserError(f"{path} has a score of {entry['value']}", fix="evaluate again")
         return Score(
             entry["value"], entry["stderr"], interval, entry.get("n"), protocol,
-            higher_is_better=higher, clean=entry.get("clean"), **same, **more,
+            higher_is_better=higher, clean=entry.get("clean"), unit=unit, **same, **more,
         )  # fmt: skip
 
     scores = {
@@ -101,13 +107,19 @@ def _measured(path: Path, results: dict[str, Any]) -> Model:
             metric_key=entry["metric_key"],
             num_fewshot=entry["num_fewshot"],
             data_sha256=entry.get("data_sha256"),
+            estimate=aggregate.whole(entry),
         )
         for task, entry in results["tasks"].items()
     }
     suites = {}
     for suite, entry in results["suites"].items():
-        scores[suite] = score(entry)
-        suites[suite] = entry.get("benchmarks") or [member.name for member in SUITES[suite]]
+        members = entry.get("benchmarks") or [member.name for member in SUITES[suite]]
+        if (
+            "unit" not in entry
+        ):  # of a file from before suites of several units were refused, with too narrow an interval
+            entry = {**entry, **(aggregate.suite_mean(results["tasks"], members) or {"unit": None})}
+        if entry["unit"] is not None:
+            scores[suite], suites[suite] = score(entry), members
     return Model(Path(results["model"]).name, str(path), results.get("tokens"), scores, suites, path.parent)
 
 
@@ -132,14 +144,18 @@ def _published(name: str) -> Model:
         for task, percent in row.values.items():
             value, count = percent / 100, published.ITEMS[task]
             # Nobody printed errors. Of scores between 0 and 1 with one mean, right and wrong answers vary the most.
-            stderr, interval = math.sqrt(value * (1 - value) / count), statistics.wilson(value * count, count)
-            low = row.is_low(task)
-            scores[task] = Score(value, stderr, interval, count, row.protocol, low_confidence=low)
+            stderr, interval = math.sqrt(value * (1 - value) / count), wilson(value * count, count)
+            low, exact = row.is_low(task), Estimate(value, stderr, count, math.inf, count)
+            scores[task] = Score(value, stderr, interval, count, row.protocol, low_confidence=low, estimate=exact)
         average = row.average_printed if row.average_printed is not None else row.average_recomputed
         parts = [scores[task] for task in row.values]
-        stderr = math.hypot(*(part.stderr or 0.0 for part in parts)) / len(parts)
-        interval, low = statistics.normal(average / 100, stderr), any(part.low_confidence for part in parts)
-        scores[row.suite] = Score(average / 100, stderr, interval, None, row.protocol, low_confidence=low)
+        estimates = [part.estimate for part in parts if part.estimate]
+        of_cells, error, around = combined([1 / len(parts)] * len(parts), estimates)
+        if around:  # printed averages are not always those of their cells
+            off = average / 100 - of_cells
+            around = dataclasses.replace(around, low=around.low + off, high=around.high + off)
+        low = any(part.low_confidence for part in parts)
+        scores[row.suite] = Score(average / 100, error, around, None, row.protocol, low_confidence=low)
     suites = {row.suite: list(row.values) for row in rows}
     confidence = all(row.confidence == "low" for row in rows)
     return Model(name, f"{PUBLISHED}{name}", rows[0].tokens, scores, suites, low_confidence=confidence)
@@ -162,6 +178,10 @@ def other_sense(score: Score, first: Score) -> str | None:
         return "other protocol"
     if _differ(score.metric, first.metric):
         return "other metric"
+    if score.unit != first.unit:
+        return "other unit"
+    if score.higher_is_better != first.higher_is_better:
+        return "other direction"
     if _differ(score.num_fewshot, first.num_fewshot):
         return "other shots"
     return None

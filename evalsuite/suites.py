@@ -16,7 +16,6 @@ from tinyllama.errors import UserError, nearest
 
 HARNESS, PAPER = PROTOCOLS = ("harness", "paper")
 
-PREFERRED = ("acc_norm", "acc", "exact_match", "f1")  # metrics, for the headline of a task that names none
 HUMANEVAL = "openai__openai_humaneval"
 PAPER_TEMPERATURE = 0.1  # of tl_humaneval.yaml
 DROP_NOTE = (
@@ -39,6 +38,7 @@ class Benchmark:
     the leaves' means; None for what lm-eval's group says, else items. samples, temperature: of the completions of a
     problem, where programs are run; None for the definition's. variant: another task's definition under a name of its
     own. own: `yaml` is a file of the user's.
+    cluster: the field of an item whose content it shares with others, where that is none of the usual ones.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Benchmark:
     temperature: float | None = None
     variant: bool = False
     own: bool = False
+    cluster: str | None = None
 
     @property
     def lm_eval_name(self) -> str:

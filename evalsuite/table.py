@@ -1,6 +1,7 @@
 """The comparison tables: this model beside the published rows, protocols and confidence marked, footnotes where they count.
 
-For the terminal (rich) and as Markdown. Values are in percent, with their standard error and 95% interval below.
+For the terminal (rich) and as Markdown. Shares are in percent, other scores in their own unit, with their standard error
+and 95% interval below.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evalsuite import published
+from evalsuite import aggregate, published
 from evalsuite.suites import PAPER, SUITE_TITLES, SUITES, Benchmark
+from tinyllama import units
 from tinyllama.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,16 +36,16 @@ def load_results(path: str | Path) -> dict[str, Any]:
 
 
 def _value(entry: dict[str, Any] | None) -> str:
-    return "n/a" if entry is None else f"{100 * entry['value']:.2f}"
+    return "n/a" if entry is None else units.text(entry["value"], aggregate.unit(entry))
 
 
 def _error(entry: dict[str, Any] | None) -> str:
-    return "" if entry is None or entry["stderr"] is None else f"{100 * entry['stderr']:.2f}"
+    return "" if entry is None or entry["stderr"] is None else units.text(entry["stderr"], aggregate.unit(entry))
 
 
 def _bound(entry: dict[str, Any] | None, end: Literal["low", "high"]) -> str:
     interval = entry.get("ci95") if entry else None
-    return f"{100 * interval[end]:.2f}" if interval else ""
+    return units.text(interval[end], aggregate.unit(entry)) if entry and interval else ""
 
 
 def _clean_rows(results: dict[str, Any], entries: list[dict[str, Any] | None]) -> list[list[str]]:
@@ -51,7 +53,10 @@ def _clean_rows(results: dict[str, Any], entries: list[dict[str, Any] | None]) -
     if "contamination" not in results:
         return []
     parts = [entry.get("clean") if entry else None for entry in entries]
-    values = ["" if part is None else "n/a" if part["value"] is None else _value(part) for part in parts]
+    values = [
+        "" if part is None else "n/a" if part["value"] is None else _value({"unit": units.SHARE} | part)
+        for part in parts
+    ]
     return [
         ["clean items only", "", *values],
         ["items left", "", *("" if part is None else f"{part['n']:,}" for part in parts)],
@@ -164,7 +169,8 @@ def _footnotes(results: dict[str, Any], suite: str) -> list[str]:
 
 def _passing_note(title: str, entry: dict[str, Any]) -> str:
     """How many completions a score is of, and its other pass@k."""
-    others = [f"{key.split(',')[0]} {100 * value:.2f}" for key, value in entry["metrics"].items()]
+    others = [f"{(name := key.split(',')[0])} {units.text(value, units.unit_of(name, value))}" for key, value in
+        entry["metrics"].items()]  # fmt: skip
     count, temperature = entry["samples_per_problem"], entry["generation"]["temperature"]
     return f"{title}: {count} completions a problem at temperature {temperature:g}: {', '.join(others)}"
 
@@ -216,7 +222,13 @@ def _by_task(entries: dict[str, tuple[str, dict[str, Any]]]) -> tuple[list[str],
     rows = []
     for title, entry in entries.values():
         value = f"{_value(entry)} ± {_error(entry)}" if _error(entry) else _value(entry)
-        words = [title, entry["protocol"], entry.get("metric", ""), value, _interval(entry), _clean(entry)]
+        unit = units.words(aggregate.unit(entry))
+        metric = entry.get("metric", "")
+        if unit not in ("percent", "", metric.replace("_", " ")):
+            value += f" {unit}"
+        elif unit == "percent":
+            value += "%"
+        words = [title, entry["protocol"], metric, value, _interval(entry), _clean(entry)]
         rows.append([*words, str(entry.get("num_fewshot", "")), str(entry.get("n", ""))])
     if not any(row[5] for row in rows):
         return headings[:5] + headings[6:], [row[:5] + row[6:] for row in rows]
@@ -233,7 +245,7 @@ def _own_table(results: dict[str, Any], suite: str) -> tuple[str, list[str], lis
     if mean:
         clean = {key: value for key, value in mean.items() if key != "clean"}
         rows.append((_by_task({suite: (record["weighting"], clean)})[1][0] + [""] * len(headings))[: len(headings)])
-    return f"{record['title']}, percent ({_computed(results)})", headings, rows
+    return f"{record['title']} ({_computed(results)})", headings, rows
 
 
 def _other_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -244,7 +256,7 @@ def _other_tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[li
     others = other_tasks(results)
     if not others:
         return own
-    return [*own, (f"Other tasks, percent ({_computed(results)})", *_by_task({n: (n, e) for n, e in others.items()}))]
+    return [*own, (f"Other tasks ({_computed(results)})", *_by_task({n: (n, e) for n, e in others.items()}))]
 
 
 def _interval(entry: dict[str, Any]) -> str:
@@ -256,7 +268,8 @@ def _clean(entry: dict[str, Any]) -> str:
     clean = entry.get("clean")
     if clean is None:
         return ""
-    return f"n/a (0 of {entry['n']})" if clean["value"] is None else f"{_value(clean)} ({clean['n']} of {entry['n']})"
+    shown = {**clean, "unit": aggregate.unit(entry)}
+    return f"n/a (0 of {entry['n']})" if clean["value"] is None else f"{_value(shown)} ({clean['n']} of {entry['n']})"
 
 
 def print_comparison(results: dict[str, Any], console: Console) -> None:

@@ -1,8 +1,8 @@
 """What a model scores beside what it costs to serve: an evaluation in bench.json, and two benches side by side.
 
 The evaluation is read as the file that `tinyllama eval` wrote; its content hash must be the served model's. A difference
-of scores is shown with the items whose answer changed and McNemar's exact test of them; `tinyllama compare` does all of
-its comparisons, suites and other metrics too, corrected for their number.
+of scores is shown with the paired test of `tinyllama compare`, and the items whose answer changed; `tinyllama compare` does
+all of its comparisons, suites too, corrected for their number.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve import samples
 from serve.bench import Workload
 from serve.source import Source
+from tinyllama import item_log, units
 from tinyllama.errors import ConfigError, UserError
+from tinyllama.stats.paired import Difference, Pairs, paired
+from tinyllama.stats.student import t_quantile
 
 RESULTS_FORMAT = "tinyllama-results-1"
-KEPT = ("metric", "metric_key", "value", "stderr", "ci95", "n", "data_sha256", "higher_is_better")
+KEPT = ("metric", "metric_key", "value", "stderr", "ci95", "n", "data_sha256", "higher_is_better", "unit")
 # What must be the same for two speeds to say anything about two models.
 SAME = ("input_tokens", "output_tokens", "eager", "temperature", "prompts_file", "max_model_len")
 
@@ -73,7 +75,7 @@ def speed_up(before: Sequence[float], after: Sequence[float]) -> dict[str, float
     if not total:
         return {"mean": ratio, "low": ratio, "high": ratio}
     freedom = total**2 / sum(share**2 / n for share, n in shares)
-    half = samples.t_quantile(0.95, max(1, math.floor(freedom))) * ratio * math.sqrt(total)
+    half = t_quantile(0.95, max(1, math.floor(freedom))) * ratio * math.sqrt(total)
     return {"mean": ratio, "low": ratio - half, "high": ratio + half}
 
 
@@ -131,42 +133,49 @@ def check_same(baseline: dict[str, Any], bench: dict[str, Any], name: str) -> No
             )
 
 
-def changed(before: dict[str, Any], after: dict[str, Any], task: str) -> tuple[int, int, int] | None:
-    """Items of a task that the second model alone got right, that the first alone did, and all that both answered.
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """The test of a task's items that both models answered; gained and lost: None where items are not right or wrong."""
 
-    None where the per-item logs are gone, or an item's score is not right or wrong.
-    """
+    test: Difference
+    gained: int | None
+    lost: int | None
+
+    @property
+    def words(self) -> str:
+        count = f"{self.test.pairs:,} items"
+        if self.gained is not None:
+            count = f"{self.gained} gained, {self.lost} lost of {self.test.pairs}"
+        return f"{count}, p {self.test.p:.2g}"
+
+
+def changed(before: dict[str, Any], after: dict[str, Any], task: str) -> Changed | None:
+    """What changed between two models' answers; None where the per-item logs are gone or no log of the score's items."""
+    unit = _unit(before["tasks"][task])
     logs = [_items(found, task) for found in (before, after)]
-    if not all(logs):
+    others = {item.key: item.value for item in logs[1]}
+    common = [item for item in logs[0] if item.key in others]
+    if not common:
         return None
-    first, second = logs
-    common = first.keys() & second.keys()
-    if any(log[key] not in (0, 1) for log in logs for key in common):
-        return None
-    gained = sum(second[key] > first[key] for key in common)
-    lost = sum(second[key] < first[key] for key in common)
-    return gained, lost, len(common)
+    first, second = [item.value for item in common], [others[item.key] for item in common]
+    sizes = [item.size for item in common]
+    pairs = Pairs(first, second, 1.0, [i.group for i in common], None if all(s == 1 for s in sizes) else sizes)
+    perplexity = before["tasks"][task]["metric"] in item_log.EXPONENTIALS
+    found = paired([pairs], unit == units.SHARE and not perplexity)
+    if any(value not in (0, 1) for value in (*first, *second)):
+        return Changed(found, None, None)
+    gained = sum(b > a for a, b in zip(first, second, strict=True))
+    return Changed(found, gained, sum(b < a for a, b in zip(first, second, strict=True)))
 
 
-def chance(gained: int, lost: int) -> float:
-    """McNemar's exact test: how likely so one-sided a split of the changed answers is if either way is as likely."""
-    from scipy import stats
-
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
-def _items(found: dict[str, Any], task: str) -> dict[tuple[str, ...], float]:
-    metric, _, filter_name = found["tasks"][task]["metric_key"].partition(",")
+def _items(found: dict[str, Any], task: str) -> list[item_log.Item]:
     file = Path(found["results"]).parent / "samples" / f"{task}.jsonl"
-    if not file.exists():
-        return {}
-    items: dict[tuple[str, ...], float] = {}
-    with open(file, encoding="utf-8") as stream:
-        for line in stream:
-            entry = json.loads(line)
-            if entry["filter"] == filter_name and isinstance(entry.get(metric), int | float):
-                items[entry["task"], entry["doc_hash"], entry["prompt_hash"]] = float(entry[metric])
-    return items
+    return item_log.read(file, found["tasks"][task]["metric_key"]) if file.exists() else []
+
+
+def _unit(entry: dict[str, Any]) -> str:
+    known = entry.get("unit")
+    return str(known) if known is not None else units.unit_of(entry.get("metric"), entry["value"])
 
 
 def rows(baseline: dict[str, Any], bench: dict[str, Any]) -> list[list[str]]:
@@ -198,21 +207,26 @@ def score_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> l
         return []
     found = []
     for name in before["suites"].keys() & after["suites"].keys():
-        values = [100 * scored["suites"][name]["value"] for scored in (before, after)]
-        found.append([f"{name}, mean %", *(f"{v:.1f}" for v in values), f"{values[1] - values[0]:+.1f}"])
+        suites = [scored["suites"][name] for scored in (before, after)]
+        if _unit(suites[0]) == _unit(suites[1]):
+            found.append(_score_row(f"{name}, mean", suites[0], suites[1], ""))
     for name, old in before["tasks"].items():
         new = after["tasks"].get(name)
         if new is None or any(old[key] != new[key] for key in ("metric_key", "data_sha256", "n")):
             continue
-        values = [100 * task["value"] for task in (old, new)]
         flips = changed(before, after, name)
-        moved = ""
-        if flips:
-            moved = f"; {flips[0]} gained, {flips[1]} lost of {flips[2]}, p {chance(*flips[:2]):.2g}"
-        found.append(
-            [f"{name}, {old['metric']} %", *(f"{v:.1f}" for v in values), f"{values[1] - values[0]:+.1f}{moved}"]
-        )
+        found.append(_score_row(f"{name}, {old['metric']}", old, new, f"; {flips.words}" if flips else ""))
     return found
+
+
+def _score_row(name: str, old: dict[str, Any], new: dict[str, Any], more: str) -> list[str]:
+    """Name with its unit, both values and their difference."""
+    unit = _unit(old)
+    values = [found["value"] for found in (old, new)]
+    words = "%" if unit == units.SHARE else units.words(unit)
+    heading = name if words in ("", name.rpartition(", ")[2].replace("_", " ")) else f"{name} {words}"
+    change = units.text(values[1] - values[0], unit, 1, signed=True)
+    return [heading, *(units.text(value, unit, 1) for value in values), f"{change}{more}"]
 
 
 def _batch(point: dict[str, Any]) -> str:
@@ -240,7 +254,7 @@ def print_beside(baseline: dict[str, Any], bench: dict[str, Any], console: Any) 
     note = "Speed-up with its 95% interval over the repeats of both."
     if baseline.get("scores") and bench.get("scores"):
         folders = [str(Path(b["scores"]["results"]).parent) for b in (baseline, bench)]
-        note += f" p: McNemar's exact test of the changed answers. All of it: tinyllama compare {' '.join(folders)}"
+        note += f" p: paired test of the items, uncorrected. All of it: tinyllama compare {' '.join(folders)}"
     else:
         note += " Scores: give --scores to both."
     console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import Any
 from serve.online import label
 from serve.table import load_bench
 from tinyllama.errors import UserError
-from tinyllama.statistics import ALPHA, Welch, holm, welch
+from tinyllama.stats.means import ALPHA, Welch, holm, welch
 
 ONLINE_LATENCIES = {"ttft_ms": "TTFT, ms", "tpot_ms": "TPOT, ms", "itl_ms": "ITL, ms", "e2e_ms": "whole request, ms"}
 SINGLE_LATENCIES = {"ttft_s": "TTFT, ms", "tpot_s": "TPOT, ms", "e2e_s": "whole request, ms"}

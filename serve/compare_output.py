@@ -13,7 +13,7 @@ from serve.compare import Bench, Comparison, Report
 from serve.table import number
 from tinyllama import sheets
 from tinyllama.sheets import Sheet
-from tinyllama.statistics import ALPHA
+from tinyllama.stats.means import ALPHA
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from tinyllama.stats.student import t_quantile
+
 PERCENTILES = (50, 90, 99)
 
 
@@ -21,37 +23,6 @@ def percentile(samples: Sequence[float], q: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def t_central(t: float, freedom: int) -> float:
-    """P(|T| <= t) of Student's t with a whole number of degrees of freedom: Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    theta = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    if freedom == 1:
-        return 2 * theta / math.pi
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = term
-    for k in range(3 if odd else 2, freedom - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
-
-
-def t_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| <= t) = confidence: 12.7062 for 95% and 1 degree of freedom, 2.7764 for 4, 2.0452 for 29."""
-    if freedom < 1 or not 0 < confidence < 1:
-        raise ValueError(f"t quantile at confidence {confidence} with {freedom} degrees of freedom")
-    low, high = 0.0, 1.0
-    while t_central(high, freedom) < confidence:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        if t_central(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> dict[str, float | None]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from evalsuite import contamination, samples
-from evalsuite.samples import Item, Key
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import UserError
+from tinyllama.item_log import Item, Key
 
 SET = "baber__piqa/default/validation"
 STATUSES = ["clean", "overlap", "clean", "short", "clean"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import tinyllama
 
-from evalsuite import compare, compare_output, gate, runner, samples, scores, statistics, suites
+from evalsuite import compare, compare_output, gate, runner, samples, scores, suites
 from tinyllama.errors import UserError
 
 THREE_T = "published:TinyLlama-1.1B 3T"
@@ -83,13 +84,15 @@ def test_items_are_paired_by_what_was_asked(tmp_path):
     path.write_text("".join(json.dumps({**json.loads(line), "doc_id": i}) + "\n" for i, line in enumerate(lines)))
     found = only(compare.compare([str(before), str(after)]))
     assert found.test is not None
-    assert (found.test.pairs, found.test.method) == (80, "McNemar")
+    assert (found.test.pairs, found.test.method) == (80, "McNemar, exact")
     # Of 80 common items 40 were lost (the first 40) and 10 gained (70 to 79).
     assert found.change == pytest.approx(-30 / 80)
-    assert found.test.p == pytest.approx(statistics.normal_tail(29 / 50**0.5))
+    assert found.test.p == pytest.approx(2 * sum(math.comb(50, k) for k in range(11)) / 2**50)
     assert found.difference == pytest.approx(0.5 - 0.7)
     assert found.verdict == "worse"
     assert "at most 80 items of each task" in shown(before, after)
+    assert "80 of 100" in shown(before, after)
+    assert "80 of 100" in shown(after, before)
 
 
 def test_doc_id_alone_pairs_nothing(tmp_path):
@@ -104,7 +107,7 @@ def test_equal_items_within_a_data_set_stay_apart():
     assert [(item.key.repeat, item.value) for item in found] == [(0, 1.0), (1, 0.0)]
 
 
-def test_shares_are_compared_by_bootstrap_and_small_changes_are_noise(tmp_path):
+def test_shares_are_compared_by_signs_and_small_changes_are_noise(tmp_path):
     generator = random.Random(0)
     first = [generator.random() for _ in range(60)]
     before = write(tmp_path / "a", {"drop": first, "piqa": LEARNED})
@@ -112,7 +115,7 @@ def test_shares_are_compared_by_bootstrap_and_small_changes_are_noise(tmp_path):
     report = compare.compare([str(before), str(after)])
     drop, piqa = only(report, "drop"), only(report)
     assert drop.test is not None
-    assert drop.test.method == "paired bootstrap"
+    assert drop.test.method == "sign flip, 20,000 draws"
     assert drop.verdict == "better"
     assert piqa.test is not None
     assert (piqa.test.method, piqa.verdict) == ("McNemar, exact", "within noise")
@@ -155,7 +158,7 @@ def test_a_mean_of_leaf_tasks_is_tested_leaf_by_leaf(tmp_path):
         folders.append(str(folder))
     found = only(compare.compare(folders))
     assert found.test is not None
-    assert (found.test.method, found.test.pairs) == ("paired z over tasks", 43)
+    assert (found.test.method, found.test.pairs) == ("sign flip, 20,000 draws", 43)
     assert found.change == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
@@ -213,7 +216,7 @@ def test_a_suites_mean_is_tested_over_its_tasks(tmp_path):
     report = compare.compare([str(before), str(after)])
     suite = only(report, "commonsense")
     assert suite.test is not None
-    assert (suite.test.method, suite.test.pairs) == ("paired z over tasks", 700)
+    assert (suite.test.method, suite.test.pairs) == ("sign flip, 20,000 draws", 700)
     assert suite.change == pytest.approx(0.05)
     assert suite.verdict == "better"
     assert {only(report, task).verdict for task in tasks} == {"within noise"}

@@ -7,8 +7,8 @@ import math
 import random
 from pathlib import Path
 
-from evalsuite.statistics import wilson
 from evalsuite.suites import SUITES
+from tinyllama.stats.intervals import wilson
 
 BATCH = 2_097_152  # tokens of a step
 
@@ -98,6 +98,7 @@ def write_evaluation(
             "value": value,
             "stderr": stderr,
             "ci95": {"low": value - 1.96 * stderr, "high": value + 1.96 * stderr, "method": "normal"},
+            "unit": "share",
             "benchmarks": [b.name for b in SUITES[suite]],
             "protocol": "harness",
         }

@@ -41,11 +41,6 @@ def test_the_interval_holds_the_ratio_as_often_as_it_says():
     assert 0.93 < held / 2000 < 0.985
 
 
-def test_chance_by_hand():
-    assert beside.chance(0, 0) == 1
-    assert beside.chance(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("models") / "tiny")
@@ -60,7 +55,7 @@ def evaluation(folder: Path, model: Path, answers: list[int]) -> Path:
     found |= {"backend": "native", "settings": {"dtype": "float32", "limit": None}}
     (folder / "samples").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps({**found, "tasks": {"easy": task}, "suites": {"all": suite}}))
-    item = {"task": "easy", "filter": "none", "prompt_hash": "p"}
+    item = {"task": "easy", "filter": "none", "prompt_hash": "p", "doc_id": 0}
     lines = [json.dumps({**item, "doc_hash": str(i), "acc": float(a)}) for i, a in enumerate(answers)]
     (folder / "samples" / "easy.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -105,7 +100,9 @@ def test_table(llama, tmp_path):
     source = resolve(str(llama), print)
     first = beside.scores(str(evaluation(tmp_path / "a", llama, [1, 1, 0, 0, 1])), source)
     second = beside.scores(str(evaluation(tmp_path / "b", llama, [1, 0, 1, 0, 0])), source)
-    assert beside.changed(first, second, "easy") == (1, 2, 5)
+    found = beside.changed(first, second, "easy")
+    assert found is not None
+    assert (found.gained, found.lost, found.test.pairs, found.test.p) == (1, 2, 5, 1.0)
     before, after = bench("full", [1.0, 1.02, 0.98], first), bench("small", [0.5, 0.51, 0.49], second)
     after["roofline"]["weight_bytes"] = 1_000_000
     after["model"]["quantization"] = {"scheme": "int8"}

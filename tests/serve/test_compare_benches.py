@@ -18,7 +18,7 @@ from serve.bench import FORMAT
 from serve.online import LATENCIES, OnlineWorkload, unmeasured
 from tinyllama.cli.compare import kind
 from tinyllama.errors import UserError
-from tinyllama.statistics import holm, welch
+from tinyllama.stats.means import holm, welch
 
 
 def bench(factor: float = 1.0, seed: int = 1, repeats: int = 6, online: bool = True) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyllama import units
 from tinyllama.report.metrics import Training
 from tinyllama.report.numbers import POINTS, compact, extremes, listed, percent, plain, smooth, spaced
 from tinyllama.report.picture import Axis, Marks, Picture, Section, Series
@@ -224,21 +225,43 @@ def _bits_per_byte(runs: Named) -> Picture | None:
     )
 
 
+def _unit(entry: dict[str, Any]) -> str:
+    return units.unit_of(entry.get("metric"), entry["value"])
+
+
+def _end(entry: dict[str, Any], factor: float, sign: int) -> float | None:
+    """An end of a score's interval: what was logged, else of its standard error; a share stays between 0 and 1."""
+    if entry.get("ci95"):
+        return float(factor * entry["ci95"]["low" if sign < 0 else "high"])
+    if entry.get("stderr") is None:
+        return None
+    end = entry["value"] + sign * 1.96 * entry["stderr"]
+    return float(factor * (min(1.0, max(0.0, end)) if _unit(entry) == units.SHARE else end))
+
+
 def _scores(runs: Named) -> Picture | None:
-    series, findings = [], []
+    series, findings, left_out = [], [], list[str]()
+    every = [entry for _, run in runs for _, scores in run.evaluation for entry in scores.values()]
+    if not every:
+        return None
+    unit = units.SHARE if any(_unit(entry) == units.SHARE for entry in every) else _unit(every[0])
+    factor = units.scale(unit)
     for number, (name, run) in enumerate(runs):
         tasks = list(dict.fromkeys(task for _, scores in run.evaluation for task in scores))
         for place, task in enumerate(tasks):
             points = [(x, s[task]) for x, s in run.evaluation if task in s]
-            values = [100 * entry["value"] for _, entry in points]
-            errors = [entry.get("stderr") for _, entry in points]
-            low = [None if e is None else v - 196 * e for v, e in zip(values, errors, strict=True)]
-            high = [None if e is None else v + 196 * e for v, e in zip(values, errors, strict=True)]
+            if _unit(points[0][1]) != unit:
+                left_out.append(task)
+                continue
+            values = [factor * entry["value"] for _, entry in points]
+            low, high = ([_end(entry, factor, sign) for _, entry in points] for sign in (-1, 1))
             label, color = _prefix(runs, name, task), place if len(runs) == 1 else number
             marker = MARKERS[place % len(MARKERS)]
             x = [tokens for tokens, _ in points]
             series.append(Series(label, x, [*values], low, high, color=color, dash=place, marker=marker))
-            findings.append(f"{label} {values[-1]:.1f}%")
+            findings.append(
+                f"{label} {units.text(points[-1][1]['value'], unit, 1)}{'%' if unit == units.SHARE else ''}"
+            )
     if not series:
         return None
     return Picture(
@@ -246,9 +269,12 @@ def _scores(runs: Named) -> Picture | None:
         "Scores of the live model",
         f"At the end: {listed(findings, ', ')}.",
         TOKENS,
-        Axis("score", "percent"),
+        Axis("score", "percent") if unit == units.SHARE else Axis(units.words(unit) or "score"),
         series,
-        ["lm-eval on the weights in training. Bars: 1.96 standard errors either way."],
+        [
+            "lm-eval on the weights in training. Bars: 95% intervals.",
+            *([f"Left out, in other units: {', '.join(dict.fromkeys(left_out))}."] if left_out else []),
+        ],
     )
 
 

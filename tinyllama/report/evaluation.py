@@ -11,6 +11,7 @@ import math
 import re
 from typing import Any
 
+from tinyllama import units
 from tinyllama.errors import UserError, nearest
 from tinyllama.report.curves import MARKERS
 from tinyllama.report.inputs import Run
@@ -96,20 +97,39 @@ def _slug(name: str) -> str:
 
 
 def values(models: list[Any], *names: str) -> dict[str, Any]:
-    """y, low and high of a series in percent: one score of each model, or each model's own of `names`."""
+    """y, low and high of a series, shares in percent: one score of each model, or each model's own of `names`."""
     scores = [
         model.scores[name] for model, name in zip(models, names * (len(models) if len(names) == 1 else 1), strict=True)
     ]
     bounds = {
-        end: [None if s.interval is None else 100 * getattr(s.interval, end) for s in scores] for end in ("low", "high")
+        end: [None if s.interval is None else units.scale(s.unit) * getattr(s.interval, end) for s in scores]
+        for end in ("low", "high")
     }
-    return {"y": [100 * s.value for s in scores], **bounds}
+    return {"y": [units.scale(s.unit) * s.value for s in scores], **bounds}
+
+
+def axis(unit: str) -> Axis:
+    """Of scores in this unit."""
+    return Axis("score", "percent") if unit == units.SHARE else Axis(units.words(unit) or "score")
+
+
+def written(score: Any) -> str:
+    """`34.5%`, or `1.234 bits per byte`."""
+    value = units.text(score.value, score.unit, 1)
+    return f"{value}%" if score.unit == units.SHARE else f"{value} {units.words(score.unit)}".strip()
 
 
 def _told(score: Any) -> str:
     """`34.5% (31.0 to 38.1)`."""
-    interval = f" ({100 * score.interval.low:.1f} to {100 * score.interval.high:.1f})" if score.interval else ""
-    return f"{100 * score.value:.1f}%{interval}"
+    interval = score.interval
+    if interval is None:
+        return written(score)
+    low, high = (units.text(end, score.unit, 1) for end in (interval.low, interval.high))
+    return f"{written(score)} ({low} to {high})"
+
+
+def _unit(models: list[Any], name: str) -> str:
+    return str(next((m.scores[name].unit for m in models if name in m.scores), units.SHARE))
 
 
 def _families(models: list[Any], tasks: list[str]) -> list[str]:
@@ -141,6 +161,7 @@ def over_tokens(evaluated: Evaluated, name: str, others: list[Any]) -> Picture |
     """A score over the tokens that its checkpoints have seen, the published families behind; None if no tokens are known."""
     series, findings = [], []
     family_of = importlib.import_module("evalsuite.scores").family
+    unit = _unit([model for _, models in evaluated for model in models], name)
     for number, (run, models) in enumerate(evaluated):
         known = [m for m in models if m.tokens and name in m.scores]
         families = _families(known, [name])
@@ -170,7 +191,7 @@ def over_tokens(evaluated: Evaluated, name: str, others: list[Any]) -> Picture |
         f"{title(name)}, over tokens",
         f"{listed(findings, '; ')}.",
         Axis("tokens trained on", "tokens", "log"),
-        Axis("score", "percent"),
+        axis(unit),
         series,
         ["Bars: 95% intervals.", *conditions(evaluated, name, others)],
     )
@@ -186,21 +207,20 @@ def by_task(evaluated: Evaluated, suite: str, members: list[str], others: list[A
     tasks = [t for t in members if any(t in model.scores for _, model, _ in chosen)]
     if not tasks:
         return None
+    unit = _unit([model for _, model, _ in chosen], tasks[0])
+    tasks = [t for t in tasks if _unit([model for _, model, _ in chosen], t) == unit]
     rows = [(f"{m.name}†" if m.low_confidence else m.name, m, MUTED) for m in others if m.name in COMPARED]
     shown = [(label, m, color) for label, m, color in (*chosen, *rows) if any(t in m.scores for t in tasks)]
     series, findings = [], []
     for place, (label, model, color) in enumerate(shown):
         own = [(i, t) for i, t in enumerate(tasks) if t in model.scores]
         offset = 0.7 * ((place + 0.5) / len(shown) - 0.5)
-        scores = [model.scores[t] for _, t in own]
         marker = MARKERS[place % len(MARKERS)] if color != MUTED else HOLLOW[place % len(HOLLOW)]
         series.append(
             Series(
                 label,
                 [i + offset for i, _ in own],
-                [100 * s.value for s in scores],
-                [None if s.interval is None else 100 * s.interval.low for s in scores],
-                [None if s.interval is None else 100 * s.interval.high for s in scores],
+                **values([model] * len(own), *(t for _, t in own)),
                 color=color,
                 marker=marker,
                 line=False,
@@ -208,13 +228,15 @@ def by_task(evaluated: Evaluated, suite: str, members: list[str], others: list[A
             )
         )
         if color != MUTED:
-            findings.append(f"{label}: {', '.join(f'{short(t)} {100 * model.scores[t].value:.1f}' for _, t in own)}")
+            findings.append(
+                f"{label}: {', '.join(f'{short(t)} {units.text(model.scores[t].value, unit, 1)}' for _, t in own)}"
+            )
     return Picture(
         f"by-task-{_slug(suite)}",
         f"{title(suite).removesuffix(', mean')}, by task",
-        f"Percent. {listed(findings, '; ')}.",
+        f"{units.words(unit).capitalize() or 'Scores'}. {listed(findings, '; ')}.",
         Axis("task"),
-        Axis("score", "percent"),
+        axis(unit),
         series,
         ["Bars: 95% intervals.", *conditions(evaluated, tasks[0], [m for m in others if m.name in COMPARED])],
         categories=[short(t) for t in tasks],
@@ -233,18 +255,24 @@ def table(evaluated: Evaluated, suite: str, columns: list[str], others: list[Any
         if any(c in model.scores for c in columns):
             cells = [_cell(model.scores.get(c)) for c in columns]
             rows.append([label, compact(model.tokens) if model.tokens else "not known", *cells])
-    headings = ["model", "tokens", *("mean" if c == suite else short(c) for c in columns)]
-    heading = title(suite).removesuffix(", mean")
-    return Table(f"{heading}, percent, with 95% intervals", headings, rows, conditions(evaluated, columns[0], others))
+    models = [model for _, model, _ in own]
+    of = {c: _unit(models, c) for c in columns}
+    words = units.words(next(iter(of.values()))) if len(set(of.values())) == 1 else ""
+    named_columns = ["mean" if c == suite else short(c) for c in columns]
+    if not words:
+        named_columns = [f"{n}, {units.words(of[c])}".rstrip(", ") for c, n in zip(columns, named_columns, strict=True)]
+    heading = ", ".join(part for part in (title(suite).removesuffix(", mean"), words, "with 95% intervals") if part)
+    return Table(heading, ["model", "tokens", *named_columns], rows, conditions(evaluated, columns[0], others))
 
 
 def _cell(score: Any) -> str:
     if score is None:
         return "–"
-    value = f"{100 * score.value:.1f}{'†' if score.low_confidence else ''}"
+    value = f"{units.text(score.value, score.unit, 1)}{'†' if score.low_confidence else ''}"
     if score.interval is None:
         return value
-    return f"{value}\n{100 * score.interval.low:.1f}–{100 * score.interval.high:.1f}"
+    low, high = (units.text(end, score.unit, 1) for end in (score.interval.low, score.interval.high))
+    return f"{value}\n{low}–{high}"
 
 
 def section(evaluated: Evaluated, quality: str | None) -> Section:

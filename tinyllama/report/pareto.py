@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tinyllama import hardware
+from tinyllama import hardware, units
 from tinyllama.planner.cost import OUTPUT_MFU, Costs, dollars_per_million_tokens
 from tinyllama.planner.prices import DEFAULT_DEVICE, Device
 from tinyllama.report import evaluation
@@ -141,11 +141,16 @@ def published_points(quality: str, rule: Rule, others: Iterable[Any]) -> list[Po
     return found
 
 
+def _goodness(point: Point) -> float:
+    """Larger is better, whichever way up the score is."""
+    return float(point.score.value if point.score.higher_is_better else -point.score.value)
+
+
 def front(points: list[Point]) -> list[Point]:
     """Those that no other one beats in both price and quality, the cheapest first."""
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.x[0], -p.score.value)):
-        if not kept or point.score.value > kept[-1].score.value:
+    for point in sorted(points, key=lambda p: (p.x[0], -_goodness(p))):
+        if not kept or _goodness(point) > _goodness(kept[-1]):
             kept.append(point)
     return kept
 
@@ -159,6 +164,8 @@ def comparable(points: list[Point]) -> list[Point]:
 
 def picture(quality: str, points: list[Point], notes: list[str]) -> Picture:
     """The points and the front of those that can be compared."""
+    unit = points[0].score.unit
+    factor = units.scale(unit)
     runs, judged = [p for p in points if p.run is not None], comparable(points)
     best_ones, apart = front(judged), [p.name for p in points if p not in judged]
     of = f" (without {', '.join(apart)}, whose scores are not comparable)" if apart else ""
@@ -166,7 +173,7 @@ def picture(quality: str, points: list[Point], notes: list[str]) -> Picture:
         Series(
             f"Pareto front{' of the comparable' if apart else ''}",
             [p.x[0] for p in best_ones],
-            [100 * p.score.value for p in best_ones],
+            [factor * p.score.value for p in best_ones],
             color=MUTED,
             dash=1,
             steps=True,
@@ -179,9 +186,9 @@ def picture(quality: str, points: list[Point], notes: list[str]) -> Picture:
             Series(
                 point.name,
                 [point.x[0]],
-                [100 * point.score.value],
-                None if bounds is None else [100 * bounds.low],
-                None if bounds is None else [100 * bounds.high],
+                [factor * point.score.value],
+                None if bounds is None else [factor * bounds.low],
+                None if bounds is None else [factor * bounds.high],
                 [point.x[1]],
                 [point.x[2]],
                 color=MUTED if point.run is None else point.run,
@@ -192,13 +199,13 @@ def picture(quality: str, points: list[Point], notes: list[str]) -> Picture:
                 hollow=point.derived,
             )
         )
-    told = [f"{p.name} {100 * p.score.value:.1f}% at {dollars(p.x[0])}" for p in (runs or best_ones)]
+    told = [f"{p.name} {evaluation.written(p.score)} at {dollars(p.x[0])}" for p in (runs or best_ones)]
     return Picture(
         "pareto",
         f"{evaluation.title(quality)}, against price",
         f"{listed(told, '; ')} per million output tokens. On the front{of}: {', '.join(p.name for p in best_ones)}.",
         Axis("dollars per million output tokens", "dollars", "log"),
-        Axis("score", "percent"),
+        evaluation.axis(unit),
         series,
         notes,
     )

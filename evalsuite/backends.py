@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyllama import checkpoint, processes
-from tinyllama.data.durable import read_json
+from tinyllama import checkpoint, model_source, processes
 from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.model_source import ModelSource
 
 BACKENDS = ("native", "hf", "vllm")
 SAMPLING_SEED, VLLM_SEED = 1234, 0  # lm-eval's for torch, which is ours too; its vLLM engine's
@@ -31,7 +32,12 @@ class ModelChoice:
 
     @property
     def local(self) -> bool:
-        return Path(self.path).exists()
+        return not self.source.is_hub
+
+    @functools.cached_property
+    def source(self) -> ModelSource:
+        """What `path` names. Found once, by `choose`: a run that trains on has another newest checkpoint an hour later."""
+        return model_source.find(self.path, "--model")
 
 
 def default_dtype(device_type: str) -> str:
@@ -46,62 +52,56 @@ def choose(
     batch_size: int | None,
     max_length: int | None,
     copies: int | None = 1,
+    *,
+    offline: bool = False,
 ) -> ModelChoice:
-    """Check the arguments; derive the backend (native for local Llama directories and checkpoints, else hf) and the dtype
-    (by the device).
+    """Check the arguments and the model's files; derive the backend (native for local Llama directories and checkpoints,
+    else hf) and the dtype (by the device). offline: no hub.
     """
-    path = Path(model)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}", fix="give float32, bfloat16 or float16")
-    is_checkpoint = path.is_dir() and checkpoint.is_checkpoint(path)
-    on_disk = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
-    if on_disk and not is_checkpoint and not (path / "config.json").exists():
-        raise UserError(
-            f"--model {model} is neither a Hugging Face directory nor a checkpoint",
-            fix="give one, or a hub id such as owner/name",
-        )
     if max_length is not None and max_length < 1:
         raise UserError(f"--max-length {max_length}", fix="give 1 or more tokens")
-    derived = backend or ("native" if path.exists() else "hf")
-    if derived not in BACKENDS:
+    if backend not in (None, *BACKENDS):
         raise UserError(f"--backend {backend}", fix=f"give one of {', '.join(BACKENDS)}")
-    if is_checkpoint and derived != "native":
-        raise UserError(f"--backend {derived} cannot read a checkpoint", fix="use native, or tinyllama export first")
-    if not path.exists() and derived == "native":
-        raise UserError(f"--backend native needs a local directory, {model} is a hub id", fix="use hf or vllm")
     if copies is not None and copies < 1:
         raise UserError(f"--data-parallel {copies}", fix="give 1 or more")
+    source = model_source.find(model, "--model", offline=offline)
+    derived = backend or ("hf" if source.is_hub else "native")
+    if source.is_checkpoint and derived != "native":
+        raise UserError(f"--backend {derived} cannot read a checkpoint", fix="use native, or tinyllama export first")
+    if source.is_hub and derived == "native":
+        raise UserError(f"--backend native needs a local directory, {model} is a hub id", fix="use hf or vllm")
+    source.check(ours=False)
+    if derived == "native":
+        try:
+            source.check(ours=True)
+        except UserError as error:
+            raise UserError(
+                f"{error.what}: not for --backend native", fix=f"{error.fix}; or use --backend hf"
+            ) from None
     if copies is None:
         copies = _num_gpus() if derived == "native" else 1
     if copies > 1 and derived != "native":
         raise UserError(f"--data-parallel {copies} with --backend {derived}", fix="use --backend native")
     if dtype is None:
         dtype = default_dtype("cuda" if _has_cuda() else "cpu")
-    return ModelChoice(model, derived, dtype, batch_size, max_length, copies)
+    choice = ModelChoice(os.path.expanduser(model), derived, dtype, batch_size, max_length, copies)
+    vars(choice)["source"] = source  # where functools.cached_property looks for it
+    return choice
 
 
 def content_sha256(choice: ModelChoice) -> str:
     """Identity of the weights and tokenizer: of an export or checkpoint by content, of a hub id by name."""
-    from tinyllama.data.store import file_sha256
-    from tinyllama.export import content_sha256 as of_directory
-
-    if not choice.local:
-        return f"hub:{choice.path}"
-    if checkpoint.is_checkpoint(choice.path):
-        return file_sha256(checkpoint.resolve(choice.path) / "manifest.json")
-    return of_directory(choice.path)
+    return choice.source.content_sha256()
 
 
 def trained_tokens(choice: ModelChoice) -> int | None:
     """The tokens that a checkpoint, or the one behind an export, was trained on; None where nothing says it."""
-    from tinyllama.export import RECORD
-
-    if not choice.local:
-        return None
-    if checkpoint.is_checkpoint(choice.path):
-        return int(checkpoint.read_json(checkpoint.resolve(choice.path) / "state.json")["tokens"])
-    record = read_json(Path(choice.path) / RECORD)
-    return int(record["tokens"]) if record and "tokens" in record else None
+    if choice.source.is_checkpoint:
+        return int(checkpoint.read_json(choice.source.path / "state.json")["tokens"])
+    tokens = choice.source.record().get("tokens")
+    return tokens if isinstance(tokens, int) else None
 
 
 def context(choice: ModelChoice) -> int | None:
@@ -110,10 +110,8 @@ def context(choice: ModelChoice) -> int | None:
     UserError where the choice asks for more than the model was made for.
     """
     own = None
-    if checkpoint.is_checkpoint(choice.path):
-        own = checkpoint.model_config(checkpoint.resolve(choice.path)).max_position_embeddings
-    elif choice.local:
-        own = _longest(read_json(Path(choice.path) / "config.json") or {})
+    if choice.local:
+        own = _longest(choice.source.config)
     _refuse_beyond(own, choice)
     return choice.max_length or own
 
@@ -138,7 +136,19 @@ def sampling_seed(choice: ModelChoice) -> int:
 
 
 def make(choice: ModelChoice, log: Path) -> Any:
-    """The lm-eval model object of a choice."""
+    """The lm-eval model object of a choice. UserError with the reason for a model that its backend cannot load."""
+    try:
+        return _make(choice, log)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if choice.backend == "native" or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"--backend {choice.backend} cannot load {choice.path} ({reason})", fix="use another --backend"
+        ) from error
+
+
+def _make(choice: ModelChoice, log: Path) -> Any:
     if choice.backend == "vllm":
         return _make_vllm(choice, log)
     from transformers.utils import logging
@@ -153,7 +163,7 @@ def make(choice: ModelChoice, log: Path) -> Any:
     if choice.dtype == "float32":
         exact_float32()
     model = CountingHFLM(
-        pretrained=choice.path,
+        pretrained=choice.source.loadable,
         dtype=choice.dtype,
         batch_size=choice.batch_size or ("auto" if _has_cuda() else CPU_ROWS),
         max_length=choice.max_length,
@@ -214,7 +224,7 @@ def _make_vllm(choice: ModelChoice, log: Path) -> Any:
     finally:
         importlib.metadata.version = original
     return CheckedVLLM(
-        pretrained=choice.path,
+        pretrained=choice.source.loadable,
         dtype=choice.dtype,
         batch_size="auto",
         max_model_len=choice.max_length,
@@ -240,11 +250,11 @@ def close(model: Any) -> None:
 
 def tokenizer_directory(choice: ModelChoice) -> Path:
     """A Hugging Face tokenizer for the model: the export's own, or one written for a checkpoint, proven as any other."""
-    if not checkpoint.is_checkpoint(choice.path):
+    if not choice.source.is_checkpoint:
         return Path(choice.path)
     from tinyllama.tokenizer.export import export_hf
 
-    model = checkpoint.resolve(choice.path) / "tokenizer.model"
+    model = choice.source.path / "tokenizer.model"
     if not model.exists():
         raise UserError(f"{choice.path} holds no tokenizer.model", fix="export it with --tokenizer FILE")
     target = Path(tempfile.mkdtemp(prefix="tinyllama-tokenizer-"))

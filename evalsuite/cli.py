@@ -90,7 +90,7 @@ def eval_command(
         TimeRemainingColumn,
     )
 
-    from evalsuite import backends, runner, suites
+    from evalsuite import backends
     from tinyllama.errors import UserError
 
     if (model is None) == (rescore is None):
@@ -103,7 +103,10 @@ def eval_command(
         raise UserError(f"--limit {limit}", fix="give 1 or more")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size {batch_size}", fix="give 1 or more")
-    choice = backends.choose(model, backend, dtype, batch_size, max_length, data_parallel)
+    offline = data_dir is not None
+    choice = backends.choose(model, backend, dtype, batch_size, max_length, data_parallel, offline=offline)
+    from evalsuite import runner, suites
+
     chosen, own = suites.choose(tasks, suites.checked_protocol(protocol))
     chosen = suites.sampled(chosen, samples_per_problem, temperature)
     target = output or Path("eval") / (Path(model).name + ("" if protocol == suites.HARNESS else f"-{protocol}"))

@@ -36,9 +36,7 @@ SAMPLING_SEED = 1234  # lm-eval's
 
 def model_config(choice: ModelChoice) -> ModelConfig:
     """The architecture, from a checkpoint or a Hugging Face directory."""
-    if checkpoint.is_checkpoint(choice.path):
-        return checkpoint.model_config(checkpoint.resolve(choice.path))
-    return ModelConfig.from_hf(choice.path)
+    return choice.source.llama()
 
 
 def hf_config(config: ModelConfig) -> LlamaConfig:
@@ -85,8 +83,8 @@ class NativeLM(CountingHFLM):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if choice.dtype == "float32":
             exact_float32()
-        if checkpoint.is_checkpoint(choice.path):
-            llama, _ = checkpoint.load_model(choice.path, choice.dtype)
+        if choice.source.is_checkpoint:
+            llama, _ = checkpoint.load_model(choice.source.path, choice.dtype)
         else:
             llama = load_model(choice.path, choice.dtype)
         if device == "cpu":

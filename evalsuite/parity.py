@@ -17,7 +17,6 @@ from typing import Any
 
 from evalsuite import backends
 from evalsuite.backends import ModelChoice
-from tinyllama import checkpoint
 from tinyllama.errors import ConfigError, UserError
 from tinyllama.model.config import ModelConfig
 
@@ -49,13 +48,11 @@ class Expected:
 
 def not_compared(choice: ModelChoice, content_sha256: str) -> dict[str, Any] | None:
     """Why this model needs no comparison, as results.json says it; None where it needs one."""
-    from tinyllama.export import RECORD
-
     if not choice.local:
         return {"compared": False, "reason": "a hub model: no files here"}
-    if checkpoint.is_checkpoint(choice.path):
+    if choice.source.is_checkpoint:
         return {"compared": False, "reason": "a checkpoint: not converted"}
-    config = json.loads((Path(choice.path) / "config.json").read_text())
+    config = choice.source.config
     if config.get("quantization_config"):
         return {"compared": False, "reason": "quantized weights are other weights"}
     if config.get("model_type") != "llama":
@@ -65,9 +62,8 @@ def not_compared(choice: ModelChoice, content_sha256: str) -> dict[str, Any] | N
             _our_config(Path(choice.path))
         except ConfigError as error:
             return {"compared": False, "reason": f"a Llama that ours does not compute ({error.what})"}
-    record = Path(choice.path) / RECORD
-    if choice.backend == "native" and record.exists():
-        found = json.loads(record.read_text())
+    if choice.backend == "native":
+        found = choice.source.record()
         if found.get("content_sha256") == content_sha256 and found.get("logits_difference") is not None:
             return {
                 "compared": True,

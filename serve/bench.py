@@ -344,6 +344,7 @@ def header(source: Source, resolved: dict[str, Any], workload: Workload) -> dict
             **dataclasses.asdict(workload),
             **resolved,
             "quantization": source.quantization["scheme"] if source.quantization else None,
+            "prompts_sha256": prompts.sha256(workload.prompts_file) if workload.prompts_file else None,
             "warmup_runs": WARMUP_RUNS,
             "ignore_eos": True,
             "detokenize": True,

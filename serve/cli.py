@@ -290,15 +290,15 @@ def _measure(job: Job, console: Any, as_json: bool, beside: Beside) -> None:
 
     from serve.bench import write_bench
     from serve.online import ServerDied
+    from serve.online import failure as failed_requests
     from serve.table import load_bench, print_bench
     from tinyllama.cli.app import print_error
 
     failure = None
     try:
         bench = job.run()
-        failed = [point for point in bench.get("online", {}).get("points", ()) if point["status"] == "failed"]
-        if failed:
-            failure = f"every request of {len(failed)} points failed: {failed[0]['error']}; see {job.server_log}"
+        if "online" in bench and (said := failed_requests(bench["online"])):
+            failure = f"{said}; see {job.server_log}"
     except ServerDied as error:
         failure, bench = str(error), load_bench(job.target)
     if beside.scores:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ SINGLE_LATENCIES = {"ttft_s": "TTFT, ms", "tpot_s": "TPOT, ms", "e2e_s": "whole 
 OUTPUT_RATE = "output tok/s"
 GOODPUT = "goodput, req/s"
 HIGHER_IS_BETTER = (OUTPUT_RATE, GOODPUT)
-ENGINE = ("dtype", "eager", "max_model_len", "prefix_caching", "speculative", "prompts", "temperature")
-DEVICE = ("platform", "name", "cores", "omp_threads_bind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Bench:
     source: str
     values: dict[tuple[str, str], list[float]]
     circumstances: dict[str, Any]
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # loads of which requests failed: how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +83,11 @@ class Report:
     benches: list[Bench]
     comparisons: list[Comparison]
 
+    @property
+    def failures(self) -> list[str]:
+        """Loads of which requests failed, in any bench."""
+        return [f"{bench.name}, {load}: {text}" for bench in self.benches for load, text in bench.failures.items()]
+
     def of(self, bench: Bench) -> list[Comparison]:
         return [c for c in self.comparisons if c.bench == bench.name]
 
@@ -99,7 +103,7 @@ class Report:
 
     def only_in(self, one: Bench, other: Bench) -> list[str]:
         """Configurations that `other` has not measured."""
-        known = {configuration for configuration, _ in other.values}
+        known = {configuration for configuration, _ in other.values} | other.failures.keys()
         return list(dict.fromkeys(configuration for configuration, _ in one.values if configuration not in known))
 
 
@@ -111,13 +115,45 @@ def load(path: str, name: str) -> Bench:
     """Read a bench.json or its folder; UserError if it is none, or holds no measurement."""
     bench = load_bench(path)
     try:
-        values = {**_offline(bench), **_online(bench)}
+        failures = _failures(bench)
+        values = {**_offline(bench), **_online(bench, failures)}
         circumstances = _circumstances(bench)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError) as error:
         raise UserError(f"{path} is incomplete ({error!r})", fix="measure again with tinyllama serve") from None
     if not values:
-        raise UserError(f"{path} holds no finished measurement", fix="measure again with tinyllama serve")
-    return Bench(name, path, values, circumstances)
+        what = "".join(f": {load}: {text}" for load, text in list(failures.items())[:1])
+        raise UserError(f"{path} holds no finished measurement{what}", fix="measure again with tinyllama serve")
+    return Bench(name, path, values, circumstances, failures)
+
+
+def _number(value: Any, least: float = 1e-12) -> float:
+    """A measured time or rate: ValueError for what is none."""
+    if type(value) not in (int, float) or not least <= value < math.inf:
+        raise ValueError(f"{value!r} is no time and no rate")
+    return float(value)
+
+
+def _load_of(online: dict[str, Any], point: dict[str, Any]) -> str:
+    """A point's load and its requests, in words: what two points must share to be compared."""
+    settings = online["settings"]
+    what = f"{settings['input_tokens']}x{settings['output_tokens']}, {settings['requests']} requests"
+    if settings["max_in_flight"]:
+        what += f", {settings['max_in_flight']} in flight at most"
+    return f"{label(point)}, {what}"
+
+
+def _failures(bench: dict[str, Any]) -> dict[str, str]:
+    """Each load of which requests failed, and how many did."""
+    online = bench.get("online") or {"points": []}
+    counts: dict[str, list[int]] = {}
+    for point in online["points"]:
+        sent, done = online["settings"]["requests"], point["completed"]
+        lost = max(point["failed"] or 0, 0 if done is None else sent - done)
+        if lost or point["status"] == "failed":
+            sums = counts.setdefault(_load_of(online, point), [0, 0])
+            sums[0] += lost
+            sums[1] += sent
+    return {load: f"{lost:,} of {sent:,} requests failed" for load, (lost, sent) in counts.items()}
 
 
 def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
@@ -127,50 +163,53 @@ def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
         lengths = f"{point['input_tokens']}x{point['output_tokens']}"
         name = f"batch {point['batch_size']}{f', n={many}' if many > 1 else ''}, {lengths}"
         tokens = point["batch_size"] * many * point["output_tokens"]
-        found[name, OUTPUT_RATE] = [tokens / seconds for seconds in point["samples_s"]]
+        found[name, OUTPUT_RATE] = [tokens / _number(seconds) for seconds in point["samples_s"]]
     settings = bench["settings"]
     for key, metric in SINGLE_LATENCIES.items():
         seconds = bench["latency"]["samples"].get(key)
         if seconds:
             name = f"one request, {settings['input_tokens']}x{settings['output_tokens']}"
-            found[name, metric] = [1e3 * s for s in seconds]
+            found[name, metric] = [1e3 * _number(s) for s in seconds]
     return found
 
 
-def _online(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
-    online = bench.get("online")
-    if not online:
-        return {}
-    settings = online["settings"]
-    what = f"{settings['input_tokens']}x{settings['output_tokens']}, {settings['requests']} requests"
-    if settings["max_in_flight"]:
-        what += f", {settings['max_in_flight']} in flight at most"
+def _online(bench: dict[str, Any], failures: Collection[str]) -> dict[tuple[str, str], list[float]]:
+    """The finished points. A load of which requests failed is left out, with its other repeats: they are the lucky ones."""
+    online = bench.get("online") or {"points": []}
     found: dict[tuple[str, str], list[float]] = {}
     for point in online["points"]:
-        if point["status"] != "done":
+        load = _load_of(online, point)
+        if point["status"] != "done" or load in failures:
             continue
         values = {metric: point[key]["mean"] for key, metric in ONLINE_LATENCIES.items() if point[key]}
         if point["kind"] == "concurrency" or point["value"] == "inf":  # else the arrivals set it, not the server
             values[OUTPUT_RATE] = point["output_tokens_per_s"]
         if point["goodput_rps"] is not None:
-            values[f"{GOODPUT}"] = point["goodput_rps"]
+            values[GOODPUT] = point["goodput_rps"]
         for metric, value in values.items():
-            found.setdefault((f"{label(point)}, {what}", metric), []).append(value)
+            found.setdefault((load, metric), []).append(_number(value, least=0))
     return found
 
 
 def _circumstances(bench: dict[str, Any]) -> dict[str, Any]:
-    """What else than the change that is looked for could make a difference."""
+    """All that a bench records besides what was measured, when and where it lies: any of it could make a difference."""
     model, settings = bench["model"], bench["settings"]
     found = {"model": model["name"], "parameters": model["num_parameters"]}
     found["content"] = settings.get("model_sha256") or model["content_sha256"]
-    found |= {f"device {key}": bench["device"].get(key) for key in DEVICE}
+    found |= {name: model.get(name) for name in ("step", "trained_tokens", "quantization", "config")}
+    found |= {f"device {key}": value for key, value in bench["device"].items()}
     found |= {f"version of {key}": value for key, value in bench["versions"].items()}
-    found |= {key: settings[key] for key in ENGINE if settings.get(key) is not None}
+    found |= {key: value for key, value in settings.items() if key not in ("model_sha256", "quantization")}
     online = bench.get("online")
-    if online and online["settings"]["slo"]:
-        found["slo"] = online["settings"]["slo"]
-    return found
+    if online:
+        asked = dict(online["settings"])
+        found["slo"] = asked.pop("slo")
+        engine = asked.pop("engine", None) or {}
+        found |= {f"server's {key}": value for key, value in engine.items() if settings.get(key) != value}
+        found |= {
+            f"online {key}": value for key, value in asked.items() if key not in ("model_sha256", "device", "vllm")
+        }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def names(sources: Sequence[str]) -> list[str]:
@@ -211,6 +250,8 @@ def drops(report: Report, percent: float) -> list[Comparison]:
     failed = []
     for bench in report.benches[1:]:
         rates = [c for c in report.of(bench) if c.metric == OUTPUT_RATE and c.test]
+        if not rates and report.failures:
+            continue  # which is reason enough for the gate
         if not rates:
             raise UserError(
                 f"--fail-if-drop cannot judge {bench.name}: no throughput was measured alike, with repeats, in both",

@@ -15,12 +15,18 @@ def compare_benches(results: list[str], fail_if_drop: list[str] | None) -> Compa
 
     limit = parse_percent(fail_if_drop) if fail_if_drop else None
     report = compare.compare(results)
-    failed = compare.drops(report, limit) if limit is not None else []
-    parts = [f"{c.bench}, {c.configuration}: {100 * c.change:+.1f}% (p = {c.p_holm:.2g})" for c in failed]
+    failures = []
+    if limit is not None:
+        if report.failures:
+            failures.append(f"requests failed: {'; '.join(report.failures)}")
+        dropped = compare.drops(report, limit)
+        if dropped:
+            parts = [f"{c.bench}, {c.configuration}: {100 * c.change:+.1f}% (p = {c.p_holm:.2g})" for c in dropped]
+            failures.append(f"throughput dropped: {'; '.join(parts)}")
     return Comparison(
         lambda console: compare_output.print_tables(report, console),
         lambda form: compare_output.text(report, form),
-        f"throughput dropped: {'; '.join(parts)}" if failed else None,
+        "; ".join(failures) or None,
     )
 
 

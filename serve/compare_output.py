@@ -31,7 +31,17 @@ def tables(report: Report) -> list[Sheet]:
 
 def _alone(bench: Bench) -> Sheet:
     rows = [[*key, number(math.fsum(v) / len(v)), str(len(v))] for key, v in bench.values.items()]
-    return Sheet(bench.name, ["configuration", "metric", "mean", "samples"], rows, [], text_columns=2)
+    notes = _failures([bench])
+    return Sheet(bench.name, ["configuration", "metric", "mean", "samples"], rows, notes, text_columns=2)
+
+
+def _failures(benches: list[Bench]) -> list[str]:
+    return [
+        f"Requests failed in {bench.name}: {'; '.join(f'{load}: {text}' for load, text in bench.failures.items())}. "
+        "Such loads are not compared."
+        for bench in benches
+        if bench.failures
+    ]
 
 
 def _beside(report: Report, bench: Bench) -> Sheet:
@@ -59,10 +69,12 @@ def _beside(report: Report, bench: Bench) -> Sheet:
         )
     else:
         notes.append("Nothing was measured alike in both.")
-    differing = report.differing(bench)
-    notes.append(
-        f"What else differs: {'; '.join(differing)}." if differing else "Nothing else that is recorded differs."
-    )
+    differing, failures = report.differing(bench), _failures([first, bench])
+    notes += failures
+    if differing:
+        notes.append(f"What else differs: {'; '.join(differing)}.")
+    elif not failures:
+        notes.append("Nothing else that is recorded differs.")
     for one, other in ((first, bench), (bench, first)):
         alone = report.only_in(one, other)
         if alone:
@@ -81,6 +93,7 @@ def record(report: Report) -> dict[str, Any]:
     first, benches = report.benches[0], []
     for bench in report.benches:
         entry: dict[str, Any] = {"bench": bench.name, "source": bench.source, "circumstances": bench.circumstances}
+        entry["failures"] = bench.failures
         if bench is not first:
             entry["differs"] = report.differing(bench)
             entry["only_here"], entry["only_in_first"] = report.only_in(bench, first), report.only_in(first, bench)
@@ -123,6 +136,9 @@ def as_csv(report: Report) -> str:
         writer.writerow(
             [c.bench, c.configuration, c.metric, c.first, c.value, *shares, *c.samples, p, c.p_holm, c.verdict]
         )
+    for bench in report.benches:
+        for load, failed in bench.failures.items():
+            writer.writerow([bench.name, load, *[""] * (len(columns) - 3), failed])
     return stream.getvalue()
 
 

@@ -148,6 +148,7 @@ class _Run:
         job = self.job
         if earlier and earlier["throughput"]:
             asked = json.loads(json.dumps(dataclasses.asdict(job.workload)))
+            asked["prompts_sha256"] = self.fresh["settings"]["prompts_sha256"]  # the file may have been edited
             same = all(earlier["settings"].get(name) == value for name, value in asked.items())
             if not job.offline or (going_on and same):
                 self.shown.note("the offline measurement is kept")

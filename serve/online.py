@@ -14,18 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from serve import samples, slo
 from tinyllama.errors import ConfigError
 
 if TYPE_CHECKING:
     from serve.client import Load, Result
+    from serve.server import Private
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "e2e_with_queue_ms")
 RATES = ("requests_per_s", "output_tokens_per_s", "goodput_rps")
-WARMUP_REQUESTS = 16
+WARMUP = "as many requests as can run at once"  # fewer, and the first burst of a point meets a cold server
 MAX_SEQUENCES = 256
 GRACE_S = 10  # that a server whose requests fail gets to end, or to say that it is well
 
@@ -71,8 +71,7 @@ class OnlineWorkload:
     @property
     def num_sequences(self) -> int:
         """How many requests the server has to run at once; more wait in it."""
-        waiting = min(self.requests, self.max_in_flight or MAX_SEQUENCES, MAX_SEQUENCES) if self.rates else 1
-        return max(waiting, *self.concurrency, 1)
+        return max(self.num_at_a_rate if self.rates else 1, *self.concurrency, 1)
 
     def load(self, kind: str, value: float, repeat: int) -> Load:
         """What vLLM's benchmark is to send. Repeats differ in prompts and arrivals, points of one repeat do not."""
@@ -80,8 +79,13 @@ class OnlineWorkload:
 
         limit = int(value) if kind == "concurrency" else self.max_in_flight
         rate = value if kind == "rate" else math.inf
-        warmups = min(limit or self.requests, WARMUP_REQUESTS)
+        warmups = int(value) if kind == "concurrency" else self.num_at_a_rate
         return Load(self.requests, self.input_tokens, self.output_tokens, rate, limit, warmups, self.seed + repeat)
+
+    @property
+    def num_at_a_rate(self) -> int:
+        """How many requests of a point of given rate can run at once: all of them, up to the server's limit."""
+        return min(self.requests, self.max_in_flight or MAX_SEQUENCES, MAX_SEQUENCES)
 
     def describe(self) -> dict[str, Any]:
         """The part of `settings` in bench.json that was asked for."""
@@ -97,7 +101,7 @@ class OnlineWorkload:
             "slo": dataclasses.asdict(self.objective) if self.objective else None,
             "slo_share": self.slo_share,
             "find_max_rate": self.find_max_rate,
-            "max_warmup_requests": WARMUP_REQUESTS,
+            "warmup": WARMUP,
             "arrivals": "Poisson, scaled so that the last request is sent at requests/rate",
             "ignore_eos": True,
             "temperature": 1.0,
@@ -115,6 +119,7 @@ IDENTITY = (
     "model_sha256",
     "device",
     "vllm",
+    "warmup",
 )
 
 
@@ -161,7 +166,7 @@ def measured(point: Mapping[str, Any], result: Result, workload: OnlineWorkload)
         statistics |= {"tpot_ms": None, "itl_ms": None}
     found = {
         **point,
-        "status": "done" if result.completed else "failed",
+        "status": "failed" if result.failed or not result.completed else "done",
         "duration_s": result.duration,
         "completed": result.completed,
         "failed": result.failed,
@@ -171,7 +176,7 @@ def measured(point: Mapping[str, Any], result: Result, workload: OnlineWorkload)
         "samples": result.samples(),
     }
     if result.failed:
-        found["error"] = next(error for error in found["samples"]["error"] if error)
+        found["error"] = next((error for error in found["samples"]["error"] if error), "no reason given")
     if result.completed and has_queue(point):
         raw = found["samples"]
         rows = zip(raw["e2e_s"], raw["queue_s"], raw["error"], strict=True)
@@ -286,7 +291,10 @@ class Sweep:
         objective = self.workload.objective
         assert objective is not None
 
+        failed = 0
+
         def probe(rate: float) -> list[tuple[int, int]]:
+            nonlocal failed
             outcomes = []
             for repeat in range(self.workload.repeats):
                 progress(f"highest rate: {rate:.3g} req/s, repeat {repeat + 1}/{self.workload.repeats}")
@@ -294,19 +302,21 @@ class Sweep:
                 result = measure(self.workload.load("rate", rate, self.workload.repeats + repeat))
                 if result.failed and not alive():
                     raise ServerDied(f"in the search for the highest rate, at {rate:.3g} req/s")
+                failed += result.failed
                 met = slo.num_met(objective, result.samples(), with_queue=True)
                 outcomes.append((met, self.workload.requests))
             return outcomes
 
         rates = [
-            p["requests_per_s"] for p in self.points if (p["kind"], p["value"]) == ("rate", "inf") and p["completed"]
+            p["requests_per_s"] for p in self.points if (p["kind"], p["value"], p["status"]) == ("rate", "inf", "done")
         ]
         if not rates:
             return
         ceiling = sum(rates) / len(rates)
         found = slo.find_max_rate(probe, ceiling, self.workload.slo_share)
         self.max_rate = {
-            "slo": self.settings["slo"], "slo_share": self.workload.slo_share, "ceiling_rps": ceiling, **found
+            "slo": self.settings["slo"], "slo_share": self.workload.slo_share, "ceiling_rps": ceiling, **found,
+            "failed_requests": failed,
         }  # fmt: skip
 
 
@@ -317,16 +327,31 @@ def label(point: Mapping[str, Any]) -> str:
     return "all at once" if point["value"] == "inf" else f"{point['value']:g} req/s"
 
 
-def alive(process: Popen[bytes], url: str) -> bool:
-    """Whether the server answers; asked after a failed request, so it gets a moment to end, or to recover."""
-    from serve.server import healthy
+def failure(online: Mapping[str, Any]) -> str | None:
+    """What went wrong in a sweep whose server is still there, in words; None if no request failed."""
+    failed = [point for point in online["points"] if point["status"] == "failed"]
+    found = [
+        f"{label(point)}, repeat {point['repeat'] + 1}: {point['failed']} of {online['settings']['requests']} requests"
+        for point in failed[:3]
+    ]
+    if len(failed) > 3:
+        found.append(f"{len(failed) - 3} more points")
+    searched = (online.get("max_rate_under_slo") or {}).get("failed_requests")
+    if searched:
+        found.append(f"the search for the highest rate: {searched} requests")
+    if not found:
+        return None
+    reason = f" ({failed[0]['error']})" if failed else ""
+    return f"requests failed: {'; '.join(found)}{reason}"
 
-    address = urlsplit(url)
+
+def alive(server: Private) -> bool:
+    """Whether the server answers; asked after a failed request, so it gets a moment to end, or to recover."""
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if server.process.poll() is not None:
             return False
-        if healthy(str(address.hostname), int(address.port or 0)):
+        if server.healthy():
             return True
         time.sleep(0.2)
     return False
@@ -343,14 +368,14 @@ def measure(
     from serve.engine import logged_reason, signals_as_exceptions
 
     progress("starting vLLM's server (about half a minute)")
-    with signals_as_exceptions(), server.private(config, source.name, log) as (process, url):
+    with signals_as_exceptions(), server.private(config, source.name, log) as started:
         try:
             sweep.run(
-                lambda load: client.run(url, source.name, source.location, load),
-                lambda: alive(process, url), save, progress,
+                lambda load: client.run(started.url, source.name, source.location, load),
+                lambda: alive(started), save, progress,
             )  # fmt: skip
         except ServerDied as died:
-            reason = logged_reason(log) or _exit(process)
+            reason = logged_reason(log) or _exit(started.process)
             raise ServerDied(f"vLLM's server died {died}: {reason}; its whole log is in {log}") from None
 
 

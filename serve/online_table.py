@@ -60,10 +60,11 @@ def _loads(bench: dict[str, Any], online: dict[str, Any], wide: bool) -> Sheet:
 
 
 def _note(settings: dict[str, Any]) -> str:
+    warmup = settings.get("warmup") or f"up to {settings['max_warmup_requests']} requests"
     text = (
         f"{settings['requests']} requests a point, {settings['input_tokens']} random prompt tokens and "
-        f"{settings['output_tokens']} generated tokens each; means over {settings['repeats']} repeats; up to "
-        f"{settings['max_warmup_requests']} requests before each point are warm-up, not counted. req/s: Poisson arrivals; "
+        f"{settings['output_tokens']} generated tokens each; means over {settings['repeats']} repeats; {warmup} "
+        f"before each point are warm-up, not counted. req/s: Poisson arrivals; "
         "at a time: each request is sent when another has ended, and its wait for that is not in its latency."
     )
     if settings["slo"]:

@@ -6,6 +6,7 @@ which n-grams repeat, can only be seen on text.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,11 @@ def read_text(file: str) -> str:
         return Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file} cannot be read ({error})", fix="give a text file in UTF-8") from None
+
+
+def sha256(file: str) -> str:
+    """Of the text of --prompts."""
+    return hashlib.sha256(read_text(file).encode()).hexdigest()
 
 
 def encode(file: str, encoder: Callable[[str], list[int]], tokens: int) -> list[int]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import http.client
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,9 +21,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from serve import engine as door
+from serve import identity
 from tinyllama import processes
 from tinyllama.errors import ConfigError, UserError
 
@@ -56,6 +59,7 @@ def parse_address(text: str) -> tuple[str, int]:
 def command(config: door.EngineConfig, name: str, host: str, port: int) -> list[str]:
     """The command line of vLLM's server."""
     line = [sys.executable, "-m", MODULE, "--host", host, "--port", str(port), "--served-model-name", name]
+    line += ["--middleware", f"{identity.Identified.__module__}.{identity.Identified.__name__}"]
     for option, value in config.arguments().items():
         flag = f"--{option.replace('_', '-')}"
         text = json.dumps(value) if isinstance(value, dict) else str(value)
@@ -82,11 +86,12 @@ def listen(
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     if not api_key and not _is_loopback(host):
         console.print(f"[yellow]anyone who can reach {host}:{port} can use this model[/]; set --api-key")
-    environment = {**os.environ, **({"VLLM_API_KEY": api_key} if api_key else {})}
+    secret = secrets.token_hex(16)
+    environment = {**os.environ, identity.VARIABLE: secret, **({"VLLM_API_KEY": api_key} if api_key else {})}
     with _stop_signals() as stopping, launched(command(config, source.name, host, port), log, environment) as process:
         started = time.monotonic()
         with console.status("starting vLLM's server (about a minute)"):
-            while not healthy(shown, port) and process.poll() is None and not stopping:
+            while not healthy(shown, port, secret) and process.poll() is None and not stopping:
                 time.sleep(0.25)
         if process.poll() is None and not stopping:
             waited = time.monotonic() - started
@@ -118,24 +123,44 @@ def launched(line: list[str], log: Path, environment: dict[str, str]) -> Iterato
             _stop(process)
 
 
+class Private(NamedTuple):
+    """A server for this process alone, that has answered."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    secret: str
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def healthy(self) -> bool:
+        """Whether it is up; not whether anything answers there."""
+        return healthy(self.host, self.port, self.secret)
+
+
 @contextlib.contextmanager
-def private(config: door.EngineConfig, name: str, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server for this process alone, on a free port of the loopback interface: the process and its URL, once it answers.
+def private(config: door.EngineConfig, name: str, log: Path) -> Iterator[Private]:
+    """A server for this process alone, on a free port of the loopback interface, once it answers.
 
     Without a cache of prefixes (random prompts share none), a line of log for each request, and the model's own sampling
     settings (which would cost time that the offline batches do not pay). UserError, with the reason from its log, if it
     does not come up.
     """
     host, port = parse_address("127.0.0.1:0")
+    secret = secrets.token_hex(16)
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
+    environment[identity.VARIABLE] = secret
     line = [*command(config, name, host, port), "--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
     line += ["--generation-config", "vllm"]
     with launched(line, log, environment) as process:
-        while not healthy(host, port):
+        server = Private(process, host, port, secret)
+        while not server.healthy():
             if process.poll() is not None:
                 raise ended(log)
             time.sleep(0.25)
-        yield process, f"http://{host}:{port}"
+        yield server
 
 
 def ended(log: Path) -> UserError:
@@ -148,12 +173,15 @@ def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def healthy(host: str, port: int) -> bool:
-    """Whether the server says that it is up."""
+def healthy(host: str, port: int, secret: str) -> bool:
+    """Whether the server that was started with this secret says that it is up; another one on its port does not count."""
     connection = http.client.HTTPConnection(host, port, timeout=2)
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        connection.request("GET", identity.PATH)
+        answer = connection.getresponse()
+        return answer.status == 200 and hmac.compare_digest(
+            (answer.getheader(identity.HEADER) or "").encode(), secret.encode()
+        )
     except (OSError, http.client.HTTPException):
         return False
     finally:

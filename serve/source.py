@@ -7,19 +7,15 @@ which lists the hash of every file in it; the export is used again only while it
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinyllama import model_source
+from tinyllama.data.durable import read_json
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
-
-RECORD = "tinyllama_export.json"
-HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
-EXAMPLES = "give an export, a Hugging Face directory, RUN/checkpoints/step-N, a run, or a hub id such as org/name"
+from tinyllama.model_source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +80,7 @@ class Source:
             return None
         try:
             return ModelConfig.from_hf(self.location)
-        except (UserError, KeyError):
+        except UserError:
             return None
 
     def content(self) -> str:
@@ -116,72 +112,32 @@ class Source:
         }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error})", fix="export the model again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object", fix="export the model again")
-    return found
-
-
-def _directory(path: Path, name: str) -> Source:
-    """A Hugging Face directory, checked for the files without which vLLM would fail half a minute later."""
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise UserError(f"{path} has a config.json but no weights", fix="give a complete Hugging Face directory")
-    if not any((path / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(f"{path} has no tokenizer", fix="export the model again, or save its tokenizer there")
-    record = _read(path / RECORD) if (path / RECORD).exists() else {}
-    return Source(str(path), name, _read(path / "config.json"), record)
-
-
-def _exported(checkpoint_dir: Path, report: Callable[[str], None]) -> Path:
+def _exported(found: ModelSource, report: Callable[[str], None]) -> Path:
     """The export of a checkpoint: the one made before if its content hash still holds, else a new one."""
-    from tinyllama.export import content_sha256, export_checkpoint
+    from tinyllama.export import RECORD, content_sha256, export_checkpoint
 
-    key = hashlib.sha256((checkpoint_dir / "manifest.json").read_bytes()).hexdigest()[:12]
-    run = checkpoint_dir.parent.parent if checkpoint_dir.parent.name == "checkpoints" else checkpoint_dir.parent
-    target = run / "exports" / f"{checkpoint_dir.name}-{key}"
-    if (target / RECORD).exists() and _read(target / RECORD).get("content_sha256") == content_sha256(target):
+    folder = found.path.resolve()
+    key = found.content_sha256()[:12]
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    target = run / "exports" / f"{folder.name}-{key}"
+    record = read_json(target / RECORD)
+    if isinstance(record, dict) and record.get("content_sha256") == content_sha256(target):
         report(f"using the export in {target}")
     else:
-        report(f"exporting {checkpoint_dir} to {target}")
-        export_checkpoint(checkpoint_dir, target)
+        report(f"exporting {folder} to {target}")
+        export_checkpoint(folder, target)
     return target
 
 
-def resolve(model: str, report: Callable[[str], None]) -> Source:
-    """What `model` names; UserError if nothing. `report` is told what takes time."""
-    path = Path(model)
-    if path.is_dir():
-        resolved = path.resolve()
-        if (path / "config.json").exists() and "architectures" in _read(path / "config.json"):
-            return _directory(path, resolved.name)
-        if (path / "manifest.json").exists() or (path / "checkpoints").is_dir():
-            from tinyllama import checkpoint
-
-            found = checkpoint.resolve(path).resolve()
-            run = found.parent.parent.name if found.parent.name == "checkpoints" else found.parent.name
-            return _directory(_exported(found, report), f"{run}-{found.name}")
-        raise UserError(f"{path} is not a model: no Hugging Face config.json, no checkpoint", fix=EXAMPLES)
-    if path.exists():
-        raise UserError(f"{path} is a file, not a model directory", fix=EXAMPLES)
-    if model.startswith((".", "/", "~")) or not HUB_ID.match(model) or (path.parent.is_dir() and "/" in model):
-        raise UserError(f"{model} does not exist", fix=EXAMPLES)
-    return _hub(model)
-
-
-def _hub(model: str) -> Source:
-    """A model on the hub (or in its local cache): only config.json is fetched here, vLLM fetches the rest."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        config = hf_hub_download(model, "config.json")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{model} is no directory here and cannot be had from the hub ({reason})", fix=EXAMPLES
-        ) from None
-    return Source(model, model.rsplit("/", 1)[-1], _read(Path(config)), {})
+def resolve(model: str, report: Callable[[str], None], option: str | None = None) -> Source:
+    """What `model` names, checked for what vLLM would fail of half a minute later; UserError. `report` is told what takes
+    time. option: as which it was given.
+    """
+    found = model_source.find(model, option)
+    found.check(ours=False)
+    if found.is_hub:
+        return Source(found.location, found.name, found.config, {})
+    if not found.is_checkpoint:
+        return Source(found.location, found.name, found.config, found.record())
+    exported = model_source.find(_exported(found, report))
+    return Source(exported.location, found.name, exported.config, exported.record())

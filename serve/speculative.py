@@ -62,7 +62,7 @@ def resolve(given: str, num_tokens: int, target: Source, report: Callable[[str],
         raise ConfigError(f"--draft-tokens {num_tokens}", fix=f"give 1 to {MOST_TOKENS}; 3 to 5 are usual")
     if given == NGRAM:
         return Draft(num_tokens, None)
-    draft = sources.resolve(given, report)
+    draft = sources.resolve(given, report, "--draft")
     check_vocabulary(target, draft)
     return Draft(num_tokens, draft)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from serve import speculative
 from tinyllama import sheets
 from tinyllama.errors import UserError
+from tinyllama.model_source import missing
 from tinyllama.sheets import Sheet
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def load_bench(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         bench = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist", fix="make it with: tinyllama serve MODEL --output DIR") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise missing(str(file), path, "make it with: tinyllama serve MODEL --output DIR") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})", fix="give a file that you may read") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error})", fix="measure again with tinyllama serve") from None
     if not isinstance(bench, dict) or bench.get("format") != FORMAT:
         found = bench.get("format") if isinstance(bench, dict) else None

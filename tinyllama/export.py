@@ -7,19 +7,23 @@ source step and a sha256 over the content, on which every later cache is keyed.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyllama import __version__, checkpoint
+from tinyllama import __version__, checkpoint, model_source
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import CheckpointError, ConfigError
+from tinyllama.model_source import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +32,10 @@ if TYPE_CHECKING:
 # takes its types.
 TALKATIVE = ("torchao", "torch.utils._pytree")
 MAX_SHARD_BYTES = 5_000_000_000
-RECORD = "tinyllama_export.json"
+REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+    errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 # The check runs in fp32, where both sides do the same operations; what is left is the order of sums.
 LOGITS_TOLERANCE = 2e-4
 
@@ -127,50 +134,101 @@ def export_checkpoint(
     tokenizer: a tokenizer.model, where the checkpoint holds none. Returns the record that is also written to
     `tinyllama_export.json`. The directory appears by one rename; CheckpointError or ConfigError if anything is off.
     """
+    found = model_source.find(path, local=True)
+    if not found.is_checkpoint:
+        raise CheckpointError(
+            f"{path} is not a checkpoint but a Hugging Face directory already", fix="give --quantize to quantize it"
+        )
+    source, target = found.path, Path(output)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise ConfigError(f"--tokenizer {tokenizer} is no file", fix="give the tokenizer.model of the training data")
+    found.check(ours=True, tokenizer=tokenizer is None)
+    refuse_to_replace(target)
+
     from tinyllama.model.hf import DTYPES
     from tinyllama.tokenizer.export import export_hf
 
     say = report or (lambda _: None)
-    source, target = checkpoint.resolve(path), Path(output)
-    refuse_to_replace(target)
+    config = checkpoint.model_config(source)
+    refuse_too_large(target, config.num_parameters * DTYPES[dtype].itemsize)
     say(f"verifying {source}")
     state = checkpoint.verify(source)
-    config = checkpoint.model_config(source)
-    model_file = Path(tokenizer) if tokenizer else source / "tokenizer.model"
-    if not model_file.exists():
-        raise CheckpointError(f"{source} holds no tokenizer.model", fix="give it with --tokenizer FILE")
-
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    say("writing the tokenizer and proving its ids")
-    tokenizer_report = export_hf(model_file, partial)
-    say("writing the weights")
-    write_weights(((name, tensor.to(DTYPES[dtype])) for name, tensor in checkpoint.read_weights(source)), partial)
-    (partial / "config.json").write_text(json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n")
-    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    record = {
-        "source": source.name,
-        "step": state["step"],
-        "tokens": state["tokens"],
-        "dtype": dtype,
-        "num_parameters": config.num_parameters,
-        "mixture_sha256": state["mixture_sha256"],
-        "tokenizer": tokenizer_report,
-        "tinyllama": __version__,
-        "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    if check:
-        say("comparing logits with transformers")
-        record["logits_difference"] = check_logits(source, partial, dtype)
-    finish(partial, target, record)
+    with appearing(target) as partial:
+        say("writing the tokenizer and proving its ids")
+        tokenizer_report = export_hf(tokenizer or source / "tokenizer.model", partial)
+        say("writing the weights")
+        write_weights(((name, tensor.to(DTYPES[dtype])) for name, tensor in checkpoint.read_weights(source)), partial)
+        (partial / "config.json").write_text(json.dumps(config.to_hf(dtype=dtype), indent=2) + "\n")
+        generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        record = {
+            "source": source.name,
+            "step": state["step"],
+            "tokens": state["tokens"],
+            "dtype": dtype,
+            "num_parameters": config.num_parameters,
+            "mixture_sha256": state["mixture_sha256"],
+            "tokenizer": tokenizer_report,
+            "tinyllama": __version__,
+            "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        if check:
+            say("comparing logits with transformers")
+            record["logits_difference"] = check_logits(source, partial, dtype)
+        finish(partial, target, record)
     return record
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into; `finish` gives it its name. Nothing of it is left if the block does not end
+    well, however that is. UserError where the operating system refuses to write.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        code = _refused(error)
+        if code is None:
+            raise
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise ConfigError(
+            f"writing {target} failed ({os.strerror(code)})",
+            fix=f"nothing was left behind; {'free space, or ' if full else ''}give another --output",
+        ) from None
+
+
+def _refused(error: BaseException) -> int | None:
+    """The errno of a disk or a folder that refuses, of Python's errors and of those that come as text out of Rust."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and isinstance(error, Exception) and (told := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(told[1])
+    return code if code in REFUSALS else None
+
+
+def refuse_too_large(target: Path, size: int) -> None:
+    """ConfigError where the disk of `target` has not so many bytes free: asked before anything is read."""
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ConfigError(
+            f"--output {target} needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there",
+            fix="free space, or give another --output",
+        )
 
 
 def refuse_to_replace(target: Path) -> None:
     """ConfigError where something lies that is no export."""
-    if target.exists() and not (target / RECORD).exists():
+    if not target.name or target.name == "..":
+        raise ConfigError(f"--output {target} is no name", fix="give the folder to make, such as exports/1b")
+    if os.path.lexists(target) and not (target / RECORD).exists():
         raise ConfigError(f"{target} exists and is not an export", fix="give another --output")
 
 
@@ -178,6 +236,16 @@ def finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
     """Hash what was written into `record`, write that, and give the directory its final name."""
     record["content_sha256"] = content_sha256(partial)
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    if not target.exists():
+        os.replace(partial, target)
+        return
+    old = target.with_name(f"{target.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except BaseException:
+        if not target.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old)

@@ -8,6 +8,7 @@ source. The record says how far the logits moved on a text. Reading a quantized 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -22,13 +23,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyllama import __version__, checkpoint
+from tinyllama import __version__, model_source
+from tinyllama.data.durable import cannot_write
 from tinyllama.errors import CheckpointError, ConfigError, nearest
-from tinyllama.export import RECORD, content_sha256, export_checkpoint, finish, refuse_to_replace, write_weights
+from tinyllama.export import (
+    appearing,
+    content_sha256,
+    export_checkpoint,
+    finish,
+    refuse_to_replace,
+    refuse_too_large,
+    write_weights,
+)
 from tinyllama.model import quantized
 from tinyllama.model.config import ModelConfig
-from tinyllama.model.hf import DTYPES, lazy_tensors, load_model, read_tensors, weight_files
+from tinyllama.model.hf import DTYPES, lazy_tensors, load_model, read_tensors
 from tinyllama.model.quantized import Quantization
+from tinyllama.model.stored import read_config
+from tinyllama.model_source import RECORD
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
@@ -236,7 +248,7 @@ def _write_config(source: Path, partial: Path, how: Quantization, dtype: str) ->
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=IGNORED,
     )
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     config.pop("dtype", None)
     config["torch_dtype"] = dtype
     config["quantization_config"] = {"version": compressed_tensors.__version__, **described.model_dump(mode="json")}
@@ -253,44 +265,43 @@ def quantize_directory(
     """
     refuse_to_replace(target)
     config = ModelConfig.from_hf(source)
+    kept = model_source.find(source, local=True).record() or {"source": source.name}
     if quantized.config_of(source):
         raise ConfigError(f"{source} is quantized already", fix="quantize the model that it was made from")
     if target.resolve() == source.resolve():
         raise ConfigError(f"--output {target} is the model itself", fix="give another --output")
     how = quantization(name, config)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    report("writing the quantized weights")
-    after = write_weights(quantized_tensors(read_tensors(source), how, DTYPES[dtype]), partial)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in ("config.json", RECORD):
-            shutil.copy2(file, partial)
-    _write_config(source, partial, how, dtype)
-    report("reading them back")
-    found: dict[str, Any] = {
-        "scheme": name,
-        "description": how.describe(),
-        "format": how.format,
-        "unquantized_dtype": dtype,
-        "source_content_sha256": content_sha256(source),
-        "bytes_before": config.num_parameters * DTYPES[dtype].itemsize,
-        "bytes_after": after,
-        "largest_error_steps": check_weights(source, partial, how),
-    }
-    if check:
-        report("comparing logits with the source's")
-        found["logits"] = compare_logits(source, partial)
-    kept = json.loads((source / RECORD).read_text()) if (source / RECORD).exists() else {"source": source.name}
-    record = {
-        **{key: value for key, value in kept.items() if key not in ("content_sha256", "logits_difference")},
-        "dtype": dtype,
-        "num_parameters": config.num_parameters,
-        "quantization": found,
-        "tinyllama": __version__,
-        "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    finish(partial, target, record)
+    refuse_too_large(target, config.num_parameters * (1 if SCHEMES[name].packed else 2) // 2)
+    with appearing(target) as partial:
+        report("writing the quantized weights")
+        after = write_weights(quantized_tensors(read_tensors(source), how, DTYPES[dtype]), partial)
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in ("config.json", RECORD):
+                shutil.copy2(file, partial)
+        _write_config(source, partial, how, dtype)
+        report("reading them back")
+        found: dict[str, Any] = {
+            "scheme": name,
+            "description": how.describe(),
+            "format": how.format,
+            "unquantized_dtype": dtype,
+            "source_content_sha256": content_sha256(source),
+            "bytes_before": config.num_parameters * DTYPES[dtype].itemsize,
+            "bytes_after": after,
+            "largest_error_steps": check_weights(source, partial, how),
+        }
+        if check:
+            report("comparing logits with the source's")
+            found["logits"] = compare_logits(source, partial)
+        record = {
+            **{key: value for key, value in kept.items() if key not in ("content_sha256", "logits_difference")},
+            "dtype": dtype,
+            "num_parameters": config.num_parameters,
+            "quantization": found,
+            "tinyllama": __version__,
+            "exported_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        finish(partial, target, record)
     return record
 
 
@@ -313,16 +324,22 @@ def export_quantized(
     given, target = Path(path), Path(output)
     if name not in SCHEMES:
         raise ConfigError(f"--quantize {name} is no scheme", fix=nearest(name, list(SCHEMES)))
-    if not checkpoint.is_checkpoint(given):
-        if not (given / "config.json").exists():
-            raise ConfigError(
-                f"{given} is neither a checkpoint nor a model", fix="give RUN/checkpoints/step-N, a run, or an export"
-            )
-        weight_files(given)
-        return quantize_directory(given, target, name, dtype=dtype, check=check, report=say)
+    source = model_source.find(given, local=True)
+    source.check(ours=True, tokenizer=not (source.is_checkpoint and tokenizer))
+    if not source.is_checkpoint:
+        return quantize_directory(source.path, target, name, dtype=dtype, check=check, report=say)
     refuse_to_replace(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        plain = Path(folder) / checkpoint.resolve(given).name
-        export_checkpoint(given, plain, tokenizer=tokenizer, dtype="float32", check=check, report=say)
-        return quantize_directory(plain, target, name, dtype=dtype, check=check, report=say)
+    quantization(name, source.llama())  # refuses a shape that the scheme cannot have
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            plain = Path(folder) / source.path.name
+            export_checkpoint(source.path, plain, tokenizer=tokenizer, dtype="float32", check=check, report=say)
+            return quantize_directory(plain, target, name, dtype=dtype, check=check, report=say)
+    except OSError as error:
+        raise cannot_write(error, target.parent) from None
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # if nothing was written there

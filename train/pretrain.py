@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     if found:
         fill(model, checkpoint.read_weights(found[0]), str(found[0]))
     elif arguments.init_from:
-        asked = Path(arguments.init_from).resolve()
+        asked = Path(arguments.init_from).expanduser().resolve()
         # One rank reads every byte for the checksums before any trusts the weights.
         origin, digest = from_rank_0(lambda: start.chosen(asked, recipe.model), control)
         state["init_from"] = {"path": str(asked), "sha256": digest}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyllama import checkpoint
+from tinyllama import checkpoint, model_source
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import CheckpointError, ConfigError
 from tinyllama.model.config import ModelConfig
@@ -38,17 +38,11 @@ def chosen(path: Path, wanted: ModelConfig) -> tuple[Path, str]:
 
 def check(path: Path, wanted: ModelConfig) -> Path:
     """The same without reading the weights of a Hugging Face directory: of a checkpoint, every byte is compared."""
-    if checkpoint.is_checkpoint(path):
-        directory = checkpoint.resolve(path)
+    source = model_source.find(path, "--init-from", local=True)
+    source.check(ours=True, tokenizer=False)
+    directory, found = source.path, source.llama()
+    if source.is_checkpoint:
         checkpoint.verify(directory)
-        found = checkpoint.model_config(directory)
-    elif not path.is_dir():
-        raise ConfigError(
-            f"--init-from {path} does not exist", fix="give a Hugging Face Llama directory or a checkpoint"
-        )
-    else:
-        directory, found = path, ModelConfig.from_hf(path)
-        _files(path)
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name not in FREE:
@@ -69,7 +63,7 @@ def _files(directory: Path) -> list[Path]:
 
 def refuse_other_start(old: dict | None, path: str | None, where: Path) -> None:
     """A resumed run goes on from its checkpoint: it cannot be given another start than it had."""
-    if path is not None and (old is None or old["path"] != str(Path(path).resolve())):
+    if path is not None and (old is None or old["path"] != str(Path(path).expanduser().resolve())):
         raise CheckpointError(
             f"{where} was started from {old['path'] if old else 'new weights'}, not from {path}",
             fix="leave --init-from out to continue it, or give another --output",

@@ -8,6 +8,7 @@ import sys
 import eval_calls
 import numpy as np
 import pytest
+import random_llama
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
@@ -169,7 +170,7 @@ def test_cohorts_are_joined_with_few_empty_slots(sizes):
 
 def test_a_gpu_computes_in_bfloat16_and_a_cpu_in_float32(tmp_path, monkeypatch):
     assert (backends.default_dtype("cpu"), backends.default_dtype("cuda")) == ("float32", "bfloat16")
-    (tmp_path / "config.json").write_text("{}")
+    random_llama.build(tmp_path)
     choices = {}
     for cuda in (False, True):
         monkeypatch.setattr(backends, "_has_cuda", lambda cuda=cuda: cuda)

@@ -331,7 +331,13 @@ def test_table_marks_protocol_confidence_and_faults(native):
     assert "native backend, float32)" in written
 
 
-def test_conversions_that_need_no_comparison_say_why(finished_run, export, tmp_path):
+def test_conversions_that_need_no_comparison_say_why(finished_run, export, tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--owner--name"
+    for file, content in (("refs/main", "abc"), ("snapshots/abc/config.json", '{"model_type": "llama"}')):
+        (cached / file).parent.mkdir(parents=True)
+        (cached / file).write_text(content)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
     def reason(model: Path | str, backend: str) -> dict | None:
         choice = backends.choose(str(model), backend, "float32", None, None)
         return parity.not_compared(choice, backends.content_sha256(choice))

@@ -47,7 +47,7 @@ def test_not_a_model(tmp_path):
     file.touch()
     with pytest.raises(UserError, match="is a file"):
         resolve(str(file), print)
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     with pytest.raises(UserError, match="no weights"):
         resolve(str(tmp_path), print)
     (tmp_path / "model.safetensors").touch()

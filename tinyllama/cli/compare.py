@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tinyllama import model_source
 from tinyllama.errors import UserError, nearest
 
 
@@ -76,6 +77,9 @@ def kind(results: list[str]) -> str:
     """ "bench" or "scores", what all of them are; UserError if they are not the same. What cannot be read is left to those
     who read it.
     """
+    for name in results:
+        if not name.startswith("published:"):
+            _refuse_no_result(name)
     found = {name: _kinds(name) for name in results}
     common = set.intersection(*found.values())
     if not common:
@@ -89,6 +93,29 @@ def kind(results: list[str]) -> str:
             f"{results[0]} holds results.json and bench.json", fix="name the file that is meant, not its folder"
         )
     return "bench" if common == {"bench"} else "scores"
+
+
+def _refuse_no_result(name: str) -> None:
+    """UserError for a path that does not exist, with the nearest that does; for a model, which has no scores by itself."""
+    path = Path(name)
+    try:
+        if not path.exists():
+            raise model_source.missing(name, name, "give results.json, bench.json, or the folder of one")
+        if not path.is_dir() or (path / "results.json").exists() or (path / "bench.json").exists():
+            return
+        model_source.find(name, local=True)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})", fix="give a result that you may read") from None
+    except UserError:
+        if not path.exists():
+            raise
+        raise UserError(
+            f"{name} holds neither results.json nor bench.json", fix="give the folder of an evaluation or a bench"
+        ) from None
+    raise UserError(
+        f"{name} is a model, and no result",
+        fix=f"measure it first: tinyllama eval --model {name}, or tinyllama serve {name}",
+    )
 
 
 def _kinds(name: str) -> set[str]:

@@ -43,11 +43,15 @@ def export_command(
     from rich.console import Console
     from rich.markup import escape
 
+    from tinyllama import model_source
     from tinyllama.errors import ConfigError
     from tinyllama.export import export_checkpoint
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {dtype}", fix="give float32, bfloat16 or float16")
+    given = model_source.find(checkpoint, local=True)
+    given.check(ours=True, tokenizer=not (given.is_checkpoint and tokenizer))  # said before torch is imported
+    _end_as_by_interrupt()
     console = Console(stderr=True)
     with console.status("exporting") as status:
         if quantize is None:
@@ -73,6 +77,15 @@ def export_command(
     out.print(
         f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {escape(str(output))}{checked}",
     )
+
+
+def _end_as_by_interrupt() -> None:
+    """Have SIGTERM and SIGHUP unwind the stack, so that nothing half-written is left."""
+    import signal
+    import sys
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
 
 def quantized_lines(found: dict[str, Any], output: str) -> list[str]:

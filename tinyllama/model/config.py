@@ -7,11 +7,12 @@ and FLOPs per token are exact functions of the shape; the three FLOPs convention
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import ConfigError, nearest
+from tinyllama.model.stored import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,29 +123,195 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelConfig:
         """Read the `config.json` in a Hugging Face directory; refuses what this architecture cannot express."""
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist", fix="give a Hugging Face model directory") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON ({error})", fix="export the model again") from None
-        if raw.get("model_type") != "llama":
-            raise ConfigError(f"{path}: model_type={raw.get('model_type')!r}", fix="only 'llama' models are supported")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(f"{path}: rope_scaling={rope!r}", fix="only unscaled RoPE is supported")
-        for key, plain in (("attention_bias", False), ("mlp_bias", False), ("tie_word_embeddings", False)):
+        where = Path(directory) / "config.json"
+        raw = read_config(Path(directory))
+        if raw["model_type"] != "llama":
+            raise ConfigError(f"{where}: model_type={raw['model_type']!r}", fix="only 'llama' models are supported")
+        check_fields(raw, where)
+        for key, plain in PLAIN.items():
             if raw.get(key, plain) != plain:
-                raise ConfigError(f"{path}: {key}={raw[key]!r}", fix=f"only {key}={plain} is supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{path}: hidden_act={raw['hidden_act']!r}", fix="only 'silu' is supported")
-        heads = raw["num_attention_heads"]
-        if raw.get("head_dim") not in (None, raw["hidden_size"] // heads):
-            raise ConfigError(f"{path}: head_dim={raw['head_dim']}", fix="only hidden_size / num_attention_heads")
-        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
-        values.setdefault("num_key_value_heads", heads)
+                raise ConfigError(f"{where}: {key}={raw[key]!r}", fix=f"only {key}={plain!r} is supported")
+        if raw.get("head_dim") not in (None, raw["hidden_size"] // raw["num_attention_heads"]):
+            raise ConfigError(f"{where}: head_dim={raw['head_dim']}", fix="only hidden_size / num_attention_heads")
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        values.setdefault("num_key_value_heads", raw["num_attention_heads"])
         values.setdefault("rms_norm_eps", 1e-6)
-        if "rope_theta" not in raw and "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        return cls(**values)
+        theta = _rope_theta(raw, where)
+        try:
+            return cls(**{**values, "rope_theta": theta})
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.what}", fix="use the configuration of the weights") from None
+
+
+Check = Callable[[Any], bool]
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(low: float, high: float) -> Check:
+    """Not NaN, no truth value; the bounds belong to it."""
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def _real(low: float, high: float) -> Check:
+    """As transformers, which refuses a whole number here."""
+    return lambda value: type(value) is float and low <= value <= high
+
+
+def _ids(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(v) is int for v in value))
+
+
+def _full_attention(value: Any) -> bool:
+    return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+
+
+def _truth(value: Any) -> bool:
+    return type(value) is bool
+
+
+TINY = 1e-30  # the smallest positive number where 0 means nothing; far from what float32 can hold
+# What the fields of a Llama's config.json may hold, in words and as a check. The first five have no default: transformers'
+# is another shape than ours.
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FIELDS: dict[str, tuple[str, Check]] = {
+    **{name: ("a whole number, 1 or more", _whole(1)) for name in (*REQUIRED, "max_position_embeddings")},
+    "num_key_value_heads": ("a whole number, 1 or more", lambda v: v is None or _whole(1)(v)),
+    "head_dim": ("a whole number, 1 or more", lambda v: v is None or _whole(1)(v)),
+    "rms_norm_eps": ("a number with a point, from 1e-30 to 1", _real(TINY, 1)),
+    "rope_theta": ("a number above 0", lambda v: v is None or _number(TINY, 1e30)(v)),
+    "partial_rotary_factor": ("1", lambda v: v is None or _number(1, 1)(v)),
+    "initializer_range": ("a number with a point, above 0, up to 1", _real(TINY, 1)),
+    "attention_dropout": ("a number from 0 to 1", lambda v: v is None or _number(0, 1)(v)),
+    "attention_bias": ("true or false", _truth),
+    "mlp_bias": ("true or false", _truth),
+    "tie_word_embeddings": ("true or false", _truth),
+    "use_cache": ("true or false", _truth),
+    "is_causal": ("true", lambda v: v is True),
+    "per_layer_config": ("null", lambda v: v is None),
+    "sliding_window": ("null", lambda v: v is None),
+    "layer_types": ("null, or full_attention for each layer", lambda v: v is None or _full_attention(v)),
+    "attn_implementation": ("a name or null", lambda v: v is None or isinstance(v, str)),
+    "hidden_act": ("a name", lambda v: isinstance(v, str)),
+    "rope_scaling": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "rope_parameters": ("an object or null", lambda v: v is None or isinstance(v, dict)),
+    "pretraining_tp": ("a whole number, 1 or more", lambda v: v is None or _whole(1)(v)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ("a token id, a list of them, or null", _ids)),
+}
+# The only value that this architecture can express.
+PLAIN = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
+
+
+HEAD = "lm_head.weight"
+# Decoders whose tensors are named as a Llama's: enough to see that a config.json is another model's.
+LLAMA_LIKE = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo", "olmo2", "granite")
+
+
+def check_fields(raw: dict[str, Any], where: Path) -> None:
+    """Refuse a Llama's config.json that misses a part of the shape, or has a field that is not what it must be."""
+    for name in REQUIRED:
+        if name not in raw:
+            raise ConfigError(f"{where} has no {name}", fix="use the configuration that the weights were trained with")
+    for name, (words, allowed) in FIELDS.items():
+        if name in raw and not allowed(raw[name]):
+            raise ConfigError(f"{where}: {name}={_short(raw[name])} is not {words}", fix="correct it")
+    _rope(raw, where)
+    padding = raw.get("pad_token_id")
+    if padding is not None and not (type(padding) is int and -raw["vocab_size"] <= padding < raw["vocab_size"]):
+        raise ConfigError(
+            f"{where}: pad_token_id={_short(padding)} is no token of {raw['vocab_size']}", fix="correct it"
+        )
+    named = raw.get("architectures")
+    if named and "LlamaForCausalLM" not in named:
+        raise ConfigError(f"{where}: architectures={named!r}", fix="only LlamaForCausalLM is supported")
+    heads, kv_heads = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+    if raw["hidden_size"] % heads or heads % kv_heads:
+        raise ConfigError(
+            f"{where}: hidden_size={raw['hidden_size']}, num_attention_heads={heads} and num_key_value_heads={kv_heads} "
+            "do not divide one another",
+            fix="use the configuration that the weights were trained with",
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _rope(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[Any]]:
+    """RoPE's parameters and its base, as often as it is there: at the root, and in `rope_parameters` (or, as older files
+    call it, `rope_scaling`). Where they differ, some programs take the first and transformers the second: refused.
+    """
+    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        raise ConfigError(f"{where}: rope_scaling and rope_parameters differ: which one?", fix="leave one of them out")
+    rope = scaling or parameters or {}
+    words, allowed = FIELDS["rope_theta"]
+    found = [place["rope_theta"] for place in (raw, rope) if "rope_theta" in place]
+    for theta in found:
+        if theta is None or not allowed(theta):
+            raise ConfigError(f"{where}: rope_theta={_short(theta)} is not {words}", fix="correct it")
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"{where}: rope_theta={found[0]} and rope_parameters.rope_theta={found[1]}: which one?",
+            fix="make them the same; transformers takes the second",
+        )
+    return rope, found
+
+
+def _rope_theta(raw: dict[str, Any], where: Path) -> float:
+    """The base of RoPE, which must not be scaled."""
+    rope, found = _rope(raw, where)
+    kinds = [rope[key] for key in ("rope_type", "type") if key in rope]
+    if any(kind != "default" for kind in kinds):
+        raise ConfigError(f"{where}: rope_scaling={_short(rope)}", fix="only unscaled RoPE is supported")
+    for key, value in rope.items():
+        if key == "partial_rotary_factor" and type(value) in (int, float) and value == 1:
+            continue
+        if key not in ("rope_type", "type", "rope_theta"):
+            raise ConfigError(
+                f"{where}: rope_parameters has {key}={_short(value)}", fix="only unscaled RoPE is supported"
+            )
+    return float(found[0]) if found else ModelConfig.rope_theta
+
+
+def llama_tensors(raw: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Hugging Face's name and shape of every tensor of a Llama, from a config.json that `check_fields` has seen; with the
+    options that ours does not have (biases, another head_dim). Tied heads may be stored or not, and are left out.
+    """
+    hidden, inner, heads = raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"]
+    width = raw.get("head_dim") or hidden // heads
+    q, kv = heads * width, (raw.get("num_key_value_heads") or heads) * width
+    attention, mlp = bool(raw.get("attention_bias")), bool(raw.get("mlp_bias"))
+    matrices = (
+        ("self_attn.q_proj", q, hidden, attention),
+        ("self_attn.k_proj", kv, hidden, attention),
+        ("self_attn.v_proj", kv, hidden, attention),
+        ("self_attn.o_proj", hidden, q, attention),
+        ("mlp.gate_proj", inner, hidden, mlp),
+        ("mlp.up_proj", inner, hidden, mlp),
+        ("mlp.down_proj", hidden, inner, mlp),
+    )
+    yield "model.embed_tokens.weight", (raw["vocab_size"], hidden)
+    for layer in range(raw["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, rows, columns, bias in matrices:
+            yield f"{prefix}.{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}.{name}.bias", (rows,)
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not raw.get("tie_word_embeddings"):
+        yield HEAD, (raw["vocab_size"], hidden)
+
+
+def decoder_tensors(raw: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Some tensors of a model of LLAMA_LIKE, as far as its config.json says their shapes."""
+    if not all(_whole(1)(raw.get(name)) for name in REQUIRED):
+        return
+    yield "model.embed_tokens.weight", (raw["vocab_size"], raw["hidden_size"])
+    for layer in range(raw["num_hidden_layers"]):
+        yield f"model.layers.{layer}.mlp.down_proj.weight", (raw["hidden_size"], raw["intermediate_size"])

@@ -7,15 +7,16 @@ Loading is a strict check of names and shapes and a copy; weights that our model
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyllama.errors import CheckpointError
-from tinyllama.model.config import ModelConfig
+from tinyllama.model import stored
+from tinyllama.model.config import ModelConfig, llama_tensors
 from tinyllama.model.fused import hf_parameters
 from tinyllama.model.llama import Llama
 
@@ -30,32 +31,12 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_names(found: dict[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """Refuse a set of tensors that is not exactly this model's: missing, unexpected or misshapen."""
-    expected = shapes(config)
-    for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{where}: tensor {name} is missing", fix="write it again from a complete checkpoint")
-        if tuple(found[name]) != shape:
-            raise CheckpointError(
-                f"{where}: {name} has shape {tuple(found[name])}, the configuration says {shape}",
-                fix="use the configuration that the weights were trained with",
-            )
-    for name in found:
-        if name not in expected and not name.endswith("rotary_emb.inv_freq"):
-            raise CheckpointError(f"{where}: unexpected tensor {name}", fix="only plain Llama models are supported")
+    stored.check_shapes(found, shapes(config).items(), where)
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory, through its index if it has one."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    files = [directory / name for name in names]
-    for file in files:
-        if not file.exists():
-            raise CheckpointError(f"{file} does not exist", fix="give a complete Hugging Face directory (safetensors)")
-    return files
+    """The safetensors files of a Hugging Face directory, each with a sound header. CheckpointError as `stored.tensors`."""
+    return list(dict.fromkeys(tensor.file for tensor in stored.tensors(directory).values()))
 
 
 def lazy_tensors(directory: Path) -> dict[str, Callable[[], Tensor]]:
@@ -63,13 +44,14 @@ def lazy_tensors(directory: Path) -> dict[str, Callable[[], Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, Callable[[], Tensor]] = {}
-    for file in weight_files(directory):
-        try:
-            handle = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is corrupt ({error})", fix="export the model again") from None
-        for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a dictionary
-            found[name] = functools.partial(handle.get_tensor, name)
+    handles: dict[Path, Any] = {}
+    for name, tensor in stored.tensors(directory).items():
+        if tensor.file not in handles:
+            try:
+                handles[tensor.file] = safe_open(tensor.file, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{tensor.file} is corrupt ({error})", fix="export the model again") from None
+        found[name] = functools.partial(handles[tensor.file].get_tensor, name)
     return found
 
 
@@ -102,6 +84,8 @@ def load_model(directory: str | Path, dtype: str = "float32", device: str = "cpu
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
     quantization = quantized.of(directory)
+    if quantization is None:
+        stored.check_weights(directory, llama_tensors(config.to_hf()))
     with torch.device("meta"):
         model = Llama(config)
     model = model.to_empty(device=device).to(DTYPES[dtype])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tinyllama.errors import CheckpointError, ConfigError
 from tinyllama.model import fused
 from tinyllama.model.hf import DTYPES, lazy_tensors
+from tinyllama.model.stored import read_config
 
 if TYPE_CHECKING:
     from tinyllama.model.llama import Llama
@@ -62,7 +62,7 @@ class Quantization:
 
 def config_of(directory: Path) -> dict[str, Any] | None:
     """The quantization_config of a directory's config.json; None if it is not quantized. Imports nothing heavy."""
-    return json.loads((directory / "config.json").read_text()).get("quantization_config")
+    return read_config(directory).get("quantization_config")
 
 
 def of(directory: Path) -> Quantization | None:

@@ -1,0 +1,387 @@
+"""What lies in a Hugging Face directory: its JSON files, its weight files and their headers. Torch-free.
+
+Here the bytes that somebody else wrote become our objects, or one line that says what is wrong with them: before a
+process imports torch, and long before anything is loaded. `headers` reads safetensors as their specification has it
+(https://github.com/huggingface/safetensors): 8 bytes of length, a JSON header, the data without holes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from tinyllama.errors import CheckpointError, ConfigError
+
+CONFIG = "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+LFS_POINTER = b"version https://git-lfs"
+MAX_JSON_BYTES, MAX_HEADER_BYTES = 1 << 30, 100_000_000  # the second is safetensors' own
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4,
+    "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOATS = ("F16", "BF16", "F32", "F64")
+# Old files hold the frequencies of RoPE too, which follow from the configuration.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "vocab.bpe",
+)  # fmt: skip
+WITHOUT_FILES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # bytes are their vocabulary
+SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+DOWNLOAD = "download it again (git lfs pull)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor as its file's header has it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_object(path: Path, fix: str = "export the model again, or download it again") -> dict[str, Any]:
+    """A JSON object. ConfigError for a file that is missing, unreadable or none; for a key that stands there twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return found
+
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError("it is larger than 1 GiB")
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise ConfigError(f"{path} is a git-lfs pointer: its content was not downloaded", fix=DOWNLOAD)
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=once)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", fix="give a complete Hugging Face directory") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})", fix="give a file that you may read") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", fix=fix) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error})", fix=fix) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a JSON object but {type(found).__name__}", fix=fix)
+    return found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory, with the parts that every reader relies on checked for their types."""
+    path = directory / CONFIG
+    raw = read_object(path)
+    if not isinstance(raw.get("model_type"), str):
+        raise ConfigError(
+            f"{path}: model_type={raw.get('model_type')!r}", fix="give a Hugging Face model's config.json"
+        )
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ConfigError(f"{path}: architectures={named!r} is not a list of names", fix="export the model again")
+    quantization = raw.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ConfigError(f"{path}: quantization_config={quantization!r} is not an object", fix="quantize it again")
+    return raw
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The one set of weights of a directory. names: of tensors by the index, with their file; None without index."""
+
+    files: list[Path]
+    names: dict[str, str] | None
+
+    @property
+    def safetensors(self) -> bool:
+        return self.files[0].suffix == ".safetensors"
+
+
+def find_weights(directory: Path) -> Weights:
+    """The weight files. CheckpointError for none, for files that are missing, and for two sets of weights."""
+    sets: list[Weights] = []
+    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
+        found = None
+        if os.path.lexists(directory / index):
+            names = _weight_map(directory / index)
+            found = Weights([directory / name for name in sorted(set(names.values()))], names)
+            sets.append(found)
+        if os.path.lexists(directory / single) and (found is None or directory / single not in found.files):
+            sets.append(Weights([directory / single], None))
+    known = {file.name for one in sets for file in one.files}
+    others = sorted(
+        path.name
+        for pattern in ("*.safetensors", "pytorch_model*.bin")
+        for path in directory.glob(pattern)
+        if path.name not in known
+    )
+    if not sets:
+        if others:
+            raise CheckpointError(
+                f"{directory} has {others[0]}, but neither {SINGLE} nor {INDEX}",
+                fix="give a complete Hugging Face directory",
+            )
+        raise CheckpointError(
+            f"{directory} has a config.json but no weights", fix="give a complete Hugging Face directory"
+        )
+    if len(sets) > 1 or others:
+        first, second = _called(sets[0]), _called(sets[1]) if len(sets) > 1 else others[0]
+        raise CheckpointError(
+            f"{directory} holds two sets of weights, {first} and {second}: which one?",
+            fix="move away the files that are not meant",
+        )
+    for file in sets[0].files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} does not exist", fix="give a complete Hugging Face directory")
+    return sets[0]
+
+
+def _called(weights: Weights) -> str:
+    first = weights.files[0].name
+    if weights.names is None:
+        return first
+    return f"the files of {INDEX if weights.safetensors else BIN_INDEX} ({first} ...)"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor names and their files by an index. CheckpointError for anything that is no plain file name beside it."""
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index} has no weight_map", fix="export the model again, or download it again")
+    for name, file in found.items():
+        plain = isinstance(file, str) and file == os.path.basename(file) and file not in ("", ".", "..")
+        if not plain or "\0" in file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(
+                f"{index}: {name} lies in {file!r}, which is no file beside it", fix="download it again"
+            )
+    return found
+
+
+def headers(file: Path) -> dict[str, Stored]:
+    """Name, dtype and shape of each tensor of a safetensors file. CheckpointError for a file that is damaged anywhere but in
+    its numbers.
+    """
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{file} is corrupt ({what})", fix="export the model again, or download it again")
+
+    size = _checked_size(file)
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise damaged("its header is cut off, or it is no safetensors file")
+        text = stream.read(length)
+    try:
+        pairs = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: pairs)
+        entries = [(name, dict(entry)) for name, entry in pairs]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(f"its header is not JSON: {error}") from None
+    found: dict[str, Stored] = {}
+    spans = []
+    for name, entry in entries:
+        if name == "__metadata__":
+            continue
+        if name in found:
+            raise damaged(f"{name} stands there twice")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape") or [], entry.get("data_offsets") or []
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+            raise damaged(f"{name} is of the unknown type {dtype!r}")
+        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+            raise damaged(f"{name} has shape {shape!r} at {offsets!r}")
+        elements = math.prod(shape)
+        if offsets[1] - offsets[0] != -(-elements * DTYPE_BITS[dtype] // 8):
+            raise damaged(f"{name}: {offsets[1] - offsets[0]} bytes for shape {shape} of {dtype}")
+        spans.append(tuple(offsets))
+        found[name] = Stored(file, dtype, tuple(shape))
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise damaged(f"bytes {min(start, end)} to {max(start, end)} belong to no tensor, or to two")
+        end = stop
+    if end != size - 8 - length:
+        raise damaged(f"{size - 8 - length} bytes of data where its header says {end}")
+    return found
+
+
+def _counts(values: Any) -> bool:
+    """Whether it is a list of whole numbers, 0 or more."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _checked_size(file: Path) -> int:
+    """Bytes of a file that has any, and is not what git leaves where the content was not downloaded."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror})", fix="give a file that you may read"
+        ) from None
+    if not size:
+        raise CheckpointError(f"{file} is empty", fix="export the model again, or download it again")
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{file} is a git-lfs pointer: its content was not downloaded", fix=DOWNLOAD)
+    return size
+
+
+def tensors(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a directory of safetensors, in the order of the files. CheckpointError where an index and the files
+    do not say the same.
+    """
+    weights = find_weights(directory)
+    if not weights.safetensors:
+        raise CheckpointError(
+            f"{weights.files[0]} is not in safetensors, which alone is read here",
+            fix="save it with safe_serialization=True, or use --backend hf",
+        )
+    return _tensors(weights)
+
+
+def _tensors(weights: Weights) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for file in weights.files:
+        for name, stored in headers(file).items():
+            if name in found:
+                raise CheckpointError(
+                    f"{name} is in {found[name].file} and in {file}: which one?", fix="download it again"
+                )
+            if weights.names is not None and not name.endswith(IGNORED_SUFFIX) and weights.names.get(name) != file.name:
+                said = weights.names.get(name)
+                where = f"in {said}" if said else "nowhere"
+                raise CheckpointError(f"{name} is in {file}, by the index {where}", fix="download it again")
+            found[name] = stored
+    for name, file_name in (weights.names or {}).items():
+        if name not in found and not name.endswith(IGNORED_SUFFIX):
+            raise CheckpointError(
+                f"{weights.files[0].parent / file_name} lacks {name}, which the index says it has",
+                fix="download it again",
+            )
+    return found
+
+
+Shapes = Iterable[tuple[str, tuple[int, ...]]]
+
+
+def check_weights(
+    directory: Path, expected: Shapes | None, *, optional: Set[str] = frozenset(), whole: bool = True
+) -> None:
+    """Refuse weights that are damaged, or not those of the configuration.
+
+    expected, optional, whole: as of `check_shapes`, for a model that is not quantized; expected None where its architecture
+    is not known here. Of files in torch's own format only that they are whole is seen.
+    """
+    weights = find_weights(directory)
+    if not weights.safetensors:
+        for file in weights.files:
+            _check_pickle(file)
+        return
+    found = _tensors(weights)
+    if expected is None:
+        return
+    check_shapes({n: t.shape for n, t in found.items()}, expected, str(directory), optional=optional, whole=whole)
+    for name, tensor in found.items():
+        if whole and tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensor.file}: {name} is of type {tensor.dtype}, and config.json has no quantization_config",
+                fix="use the configuration that the weights were quantized with",
+            )
+
+
+def check_quantized(directory: Path, expected: Shapes) -> None:
+    """The same for quantized weights, whose matrices are stored in parts: of each there must be some, and what is not a
+    matrix must be as `expected` says.
+    """
+    check_weights(directory, None)
+    if not find_weights(directory).safetensors:
+        return
+    found = {name: tensor.shape for name, tensor in tensors(directory).items()}
+    modules = {name.rpartition(".")[0] for name in found}
+    for name, shape in expected:
+        module = name.removesuffix(".weight")
+        if module.endswith(("_proj", "lm_head")) and name.endswith(".weight"):
+            if module not in modules:
+                raise CheckpointError(f"{directory}: {module} is missing", fix="quantize the model again")
+        elif found.get(name) != shape:
+            check_shapes(found, [(name, shape)], str(directory), whole=False)
+
+
+def _check_pickle(file: Path) -> None:
+    """Refuse what torch.load could not: its archives are zip files, older ones pickles."""
+    _checked_size(file)
+    with open(file, "rb") as stream:
+        start = stream.read(2)
+    if not (start[:1] == b"\x80" or (start == b"PK" and zipfile.is_zipfile(file))):
+        raise CheckpointError(f"{file} is corrupt (cut off, or no weights)", fix="download it again")
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Shapes,
+    where: str,
+    *,
+    optional: Set[str] = frozenset(),
+    whole: bool = True,
+) -> None:
+    """Refuse a set of tensors that is not exactly the expected: missing, misshapen, or (if it is the whole) unexpected, but
+    for the optional ones. The first missing one ends it, so that a configuration of a billion layers does.
+    """
+    known = set(optional)
+    for name, shape in expected:
+        known.add(name)
+        if name not in found:
+            raise CheckpointError(f"{where}: tensor {name} is missing", fix="write it again from a complete checkpoint")
+        if tuple(found[name]) != shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {tuple(found[name])}, the configuration says {shape}",
+                fix="use the configuration that the weights were trained with",
+            )
+    for name in found:
+        if whole and name not in known and not name.endswith(IGNORED_SUFFIX):
+            raise CheckpointError(
+                f"{where}: unexpected tensor {name}, which a model of this configuration does not have",
+                fix="use the configuration that the weights were trained with; only plain Llama models are supported",
+            )
+
+
+def check_tokenizer(directory: Path, vocab_size: int | None) -> None:
+    """Refuse a directory without a tokenizer, with a damaged one, or with one of a larger vocabulary than the model's.
+
+    tokenizer.json and the small files beside it are read; of others only that they have content.
+    """
+    settings = {name: read_object(directory / name) for name in SETTINGS if os.path.lexists(directory / name)}
+    present = [name for name in TOKENIZERS if os.path.lexists(directory / name)]
+    kind = settings.get("tokenizer_config.json", {}).get("tokenizer_class")
+    if not present and kind not in WITHOUT_FILES:
+        raise ConfigError(
+            f"{directory} has no tokenizer (neither tokenizer.json nor tokenizer.model)",
+            fix="export the model again, or save its tokenizer there",
+        )
+    for name in present:
+        _checked_size(directory / name)
+    if "tokenizer.json" not in present:
+        return
+    path = directory / "tokenizer.json"
+    model = read_object(path).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not vocabulary:
+        raise ConfigError(f"{path} is no tokenizer: it has no vocabulary", fix="save the model's tokenizer there")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    if not all(type(number) is int for number in ids):
+        raise ConfigError(f"{path}: an id of its vocabulary is no number", fix="save the model's tokenizer there")
+    if vocab_size is not None and max(ids) >= vocab_size:
+        raise ConfigError(
+            f"{path} has ids up to {max(ids)}, the model's vocab_size is {vocab_size}",
+            fix="save the tokenizer there that the model was trained with",
+        )

@@ -219,7 +219,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     if data:
         bundle.go_offline(scratch / "huggingface")
     quieten()
-    from evalsuite import completions
+    from evalsuite import completions, passing
     from evalsuite.definitions import prepare
 
     report_of_overlap = contamination.load(request.contamination, data) if request.contamination else None
@@ -303,6 +303,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
             rows = list(samples.rows(results["samples"], entry["protocol"], results["asked"], cluster))
             samples.add_intervals(entry, samples.items(rows, entry["metric_key"]))
             write_json_lines(samples.path_of(request.output, name), rows)
+            if task.benchmark.runs_programs or any(c.get("unsafe_code") for c in results["configs"].values()):
+                entry["sandbox"] = passing.sandbox_record()
             if task.benchmark.runs_programs:
                 completions.write(request.output, name, rows)
             export.add(entry["task"], entry, results)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_llama
+from conftest import tinyllama
 
 from evalsuite import code_tasks
 from evalsuite.sandbox import Sandbox
@@ -157,3 +159,17 @@ def test_the_metric_is_that_of_code_eval():
     assert slow[0] == {"pass@1": 0.0}
     assert "timed out" in slow[1][0][0][1]["result"]
     assert Sandbox.shared().limits.wall_s == 10.0
+
+
+def test_mbpp_is_evaluated_from_a_bundle(tmp_path):
+    """The command, a bundle with MBPP's rows, no hub: scores of nonsense, and what they depend on."""
+    folder = tmp_path / "bundle" / "google-research-datasets__mbpp" / "full"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MBPP))
+    model = random_llama.build(tmp_path / "model")
+    asked = ["--model", model, "--data-dir", tmp_path / "bundle", "--output", tmp_path / "out"]
+    tinyllama("eval", *asked, "--tasks", "mbpp", timeout=300)
+    entry = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mbpp"]
+    assert (entry["value"], entry["n"], entry["metric"]) == (0.0, 2, "pass_at_1")
+    assert entry["sandbox"]["limits"]["memory_bytes"] == 1 << 30
+    assert entry["sandbox"]["hash_seed"] == 0

@@ -54,10 +54,10 @@ class Processes:
     def numbers(self) -> list[str]:
         return [name for name in os.listdir(self.descriptor) if name.isdigit() and name != "1"]
 
-    def waited_s(self, process: int) -> float:
-        """How long a process's main thread was ready to run and had no processor."""
-        fields = self._text(f"{process}/schedstat").split()
-        return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
+    def waited_s(self) -> float:
+        """The longest that the main thread of any process was ready to run and had no processor."""
+        found = [self._text(f"{name}/schedstat").split() for name in self.numbers()]
+        return max((int(fields[1]) / 1e9 for fields in found if len(fields) > 1), default=0.0)
 
     def cpu_s(self) -> float:
         """Processor time of all, those that have ended included."""
@@ -151,7 +151,7 @@ def watch(pipe: int, program: int, processes: Processes, task: dict[str, Any]) -
             if heard[:1] != READY:
                 return {"setup": heard.decode(errors="replace") or "the program's process ended before it began"}
             return _judge(heard[1:] + _read(pipe), status or 0, program, task)
-        if started and (reason := _passed_limit(processes, program, time.monotonic() - started, task)):
+        if started and (reason := _passed_limit(processes, time.monotonic() - started, task)):
             return {"passed": False, "reason": reason}
         if len(heard) > MOST_HEARD:
             return {"passed": False, "reason": "the program wrote to where its verdict is expected"}
@@ -181,13 +181,13 @@ def _reap(program: int) -> int | None:
     return found
 
 
-def _passed_limit(processes: Processes, program: int, elapsed_s: float, task: dict[str, Any]) -> str:
+def _passed_limit(processes: Processes, elapsed_s: float, task: dict[str, Any]) -> str:
     """Which limit is passed, in words; "" for none. Time in which others kept the processors from it is not the program's,
     but for what its own processes use: its clock runs at least as fast as they use the processors.
     """
     wall_s, memory_bytes = task["wall_s"], task["memory_bytes"]
     if elapsed_s > wall_s:
-        used_s = max(elapsed_s - processes.waited_s(program), processes.cpu_s() / len(os.sched_getaffinity(0)))
+        used_s = max(elapsed_s - processes.waited_s(), processes.cpu_s() / len(os.sched_getaffinity(0)))
         if used_s > wall_s or elapsed_s > HARD * wall_s:
             return f"timed out: stopped after {wall_s:g} s"
     held, threads = processes.memory(memory_bytes)

@@ -24,7 +24,7 @@ LINES = "assert f(1) == 2\nassert f(5) == 6\nassert f(100) == 101"
 
 @pytest.fixture(scope="module")
 def sandbox():
-    found = Sandbox(Limits(wall_s=2.0))
+    found = Sandbox(Limits(wall_s=1.0))
     yield found
     found.close()
 

@@ -161,6 +161,7 @@ def test_the_metric_is_that_of_code_eval():
     assert Sandbox.shared().limits.wall_s == 10.0
 
 
+@pytest.mark.slow
 def test_mbpp_is_evaluated_from_a_bundle(tmp_path):
     """The command, a bundle with MBPP's rows, no hub: scores of nonsense, and what they depend on."""
     folder = tmp_path / "bundle" / "google-research-datasets__mbpp" / "full"

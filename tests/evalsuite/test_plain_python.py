@@ -16,7 +16,7 @@ from program_texts import honest
 
 from evalsuite.sandbox import ENVIRONMENT, HASH_SEED, Sandbox
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 5.0
 SLOW = {"ends too late", "computes too long", "limit of time"}
 UNLIKE = {"random", "limit on digits"}  # differ between releases of Python
 NOBODY = 12345

@@ -63,7 +63,7 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def sandbox():
-    quick = Sandbox(Limits(wall_s=1.5, cpu_s=2, memory_bytes=512 << 20))
+    quick = Sandbox(Limits(wall_s=1.0, cpu_s=2, memory_bytes=512 << 20))
     assert quick.probe() in ("namespaces", "user namespaces")
     yield quick
     quick.close()
@@ -80,6 +80,29 @@ def test_hostile_programs_are_contained(sandbox, name):
     assert not marker.exists()
     assert Path("/usr/bin").is_dir()
     assert nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "memory in eight processes", "shared memory that nobody maps any longer", "shared memory by other processes",
+        "full sockets in many processes",
+    ],
+)  # fmt: skip
+def test_memory_is_limited_for_all_processes_together(name):
+    sandbox = Sandbox(Limits(wall_s=30.0, memory_bytes=512 << 20))
+    assert "out of memory: more than 512 MiB" in sandbox.run(load("hostile")[name]).reason
+    sandbox.close()
+
+
+def test_memory_that_forked_processes_share_counts_once():
+    sandbox = Sandbox(Limits(wall_s=30.0, memory_bytes=512 << 20))
+    text = (
+        "import os, time\nx = bytearray(b'x') * (200 << 20)\nr, w = os.pipe()\nfor _ in range(6):\n    if os.fork() == 0:\n"
+        "        os.read(r, 1)\n        os._exit(0)\ntime.sleep(0.5)\n"
+    )
+    assert sandbox.run(text).passed
+    sandbox.close()
 
 
 def nothing_is_left() -> bool:

@@ -50,14 +50,20 @@ def load(path: Path, bundle: Path | None) -> Report:
         raise UserError(
             "--contamination needs local data: the report names rows of a bundle's files", fix="add --data-dir"
         )
-    files = found["bundle"]["files"]
-    for name, sha256 in files.items():
-        if (bundle / name).exists() and file_sha256(bundle / name) != sha256:
-            raise UserError(f"--contamination {path} was made from another {name}", fix=FIX)
     statuses: dict[str, dict[int, str]] = {}
-    for item in found["items"]:
-        statuses.setdefault(item["set"], {})[item["row"]] = item["status"]
-    return Report(path, found["ngram"], files, statuses)
+    try:
+        ngram, files = int(found["ngram"]), {str(name): sha256 for name, sha256 in found["bundle"]["files"].items()}
+        for item in found["items"]:
+            statuses.setdefault(item["set"], {})[item["row"]] = item["status"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--contamination {path} is not a whole contamination report ({error!r})", fix=FIX) from None
+    for name, sha256 in files.items():
+        place = Path(name)
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(f"--contamination {path} names {name!r}, which is in no bundle", fix=FIX)
+        if (bundle / place).is_file() and file_sha256(bundle / place) != sha256:
+            raise UserError(f"--contamination {path} was made from another {name}", fix=FIX)
+    return Report(path, ngram, files, statuses)
 
 
 def origins(

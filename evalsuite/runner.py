@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from tinyllama.errors import UserError, nearest
 from tinyllama.export import TALKATIVE
 from tinyllama.units import lower_is_better
 
-FORMAT = "tinyllama-results-1"
+FORMAT_FAMILY = "tinyllama-results"
+FORMAT = f"{FORMAT_FAMILY}-1"
 TEMPLATES = 1024  # of prompts, kept compiled
 NAMES = ("tinyllama", "lm_eval", "torch", "transformers", "datasets")
 
@@ -168,11 +169,20 @@ def _task_key(request: Request, model_sha256: str, task: Any) -> str:
 
 
 def _read_old(path: Path) -> dict[str, Any]:
+    """The results that lie there; nothing where there are none, or where they cannot be continued."""
     try:
-        old = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return old if old.get("format") == FORMAT else {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "no JSON"
+        raise UserError(f"{path} cannot be read ({reason})", fix="give another --output, or remove it") from None
+    if not isinstance(old, dict) or not str(old.get("format", "")).startswith(FORMAT_FAMILY):
+        raise UserError(f"{path} is not tinyllama eval's", fix="give another --output, or move it away")
+    tasks = old.get("tasks", {})
+    if not isinstance(tasks, dict) or not all(isinstance(entry, dict) for entry in tasks.values()):
+        raise UserError(f"{path} is damaged", fix="give another --output, or remove it")
+    return old if old["format"] == FORMAT else {}
 
 
 def _what_decides(results: dict[str, Any]) -> list[Any]:
@@ -189,7 +199,7 @@ def _kept(before: dict[str, Any], found: dict[str, Any], keys: dict[str, str]) -
     kept = {
         name: {k: v for k, v in entry.items() if k != "clean"}
         for name, entry in before.get("tasks", {}).items()
-        if (entry["key"] == keys[name] if name in keys else same)
+        if (entry.get("key") == keys[name] if name in keys else same)
     }
     return _in_order(kept, list(keys))
 
@@ -223,9 +233,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
     from evalsuite.definitions import prepare
 
     report_of_overlap = contamination.load(request.contamination, data) if request.contamination else None
-    refuse_unwritable(request.output / "results.json")
     prepared = [prepare(benchmark, data, scratch) for benchmark in request.benchmarks]
-    _refuse_shared_leaves(prepared)
+    task_loading.refuse_shared(prepared)
     headline.refuse_mixed_units(request.own_suites, prepared)
     model_sha256 = backends.content_sha256(request.choice)
     if any(task.runs_programs for task in prepared):
@@ -267,6 +276,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
         generation_settings.check_tasks(task.generation, request.choice.backend, context)
         task.loaded = task_loading.load(task, request.limit)
         _refuse_unknown_cluster(task.benchmark, task.loaded.tasks)
+    refuse_unwritable(path)
     export = ResultsFile(
         request.output / "lm_eval", found, {t.benchmark.export_name: keys[t.benchmark.name] for t in prepared}
     )
@@ -319,21 +329,6 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], scrat
         contamination.add_clean_scores(found, request.output, report_of_overlap)
     write_json(path, found)
     return json.loads(path.read_text())
-
-
-def _refuse_shared_leaves(prepared: Sequence[Any]) -> None:
-    """UserError where two benchmarks ask one task of lm-eval in two ways: its own format has one entry for each task."""
-    asked: dict[str, Any] = {}
-    for task in prepared:
-        for leaf in task.leaves:
-            first = asked.setdefault(leaf, task.benchmark)
-            if first.num_fewshot != task.benchmark.num_fewshot or (
-                first.yaml != task.benchmark.yaml and (first.own or task.benchmark.own)
-            ):
-                raise UserError(
-                    f"{first.name} and {task.benchmark.name} both ask {leaf}, in two ways",
-                    fix="evaluate one of them with another --output",
-                )
 
 
 def _proven_model(request: Request, found: dict[str, Any], before: dict[str, Any]) -> Any:

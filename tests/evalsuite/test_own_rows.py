@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evalsuite import definitions, rows, suites, task_loading
+from evalsuite import definitions, rows, runner, suites, task_loading
 from tinyllama.errors import UserError
 
 GOOD = [{"q": "x", "a": 0}, {"q": "y", "a": 1}]
@@ -351,3 +352,58 @@ def test_a_definition_is_all_of_its_files(tmp_path):
     (tmp_path / "lib" / "more.py").write_text("def f(docs):\n    return docs.select([0])\n")
     found.add(definitions.prepare(benchmark, None, tmp_path).definition_sha256)
     assert len(found) == 3
+
+
+def bundle_of_piqa(folder: Path, labels: list[Any]) -> Path:
+    place = folder / "bundle" / "baber__piqa" / "default"
+    place.mkdir(parents=True)
+    row = {"goal": "g", "sol1": "one", "sol2": "two", "label": 0}
+    (place / "validation.jsonl").write_bytes(jsonl(*({**row, "label": label} for label in labels)))
+    (place / "train.jsonl").write_bytes(jsonl(row, {**row, "goal": "h"}))
+    return folder / "bundle"
+
+
+def test_labels_of_a_bundle_are_checked_too(tmp_path):
+    """lm-eval counts such an item as wrong, and warns where nobody looks."""
+    prepared = definitions.prepare(suites.BENCHMARKS["piqa"], bundle_of_piqa(tmp_path, [0, 1, 2]), tmp_path)
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl: row 3: doc_to_target \('label'\): label 2, and the choices are"
+    ):
+        task_loading.load(prepared)
+    assert task_loading.load(prepared, limit=2).tasks["piqa"]  # those that are not asked may be what they like
+
+
+def test_a_benchmark_has_rows_for_its_shots(tmp_path):
+    benchmark = dataclasses.replace(suites.BENCHMARKS["piqa"], num_fewshot=3, variant=True, name="more", task="piqa")
+    with pytest.raises(UserError, match="more has 2 rows for its 3 shots"):
+        task_loading.load(definitions.prepare(benchmark, bundle_of_piqa(tmp_path, [0]), tmp_path))
+
+
+def test_one_task_is_not_asked_in_two_ways(tmp_path):
+    """In lm-eval's own format there would be one entry for both."""
+    bundle = bundle_of_piqa(tmp_path, [0])
+    first = suites.BENCHMARKS["piqa"]
+    prepared = [
+        definitions.prepare(found, bundle, tmp_path) for found in (first, dataclasses.replace(first, name="other"))
+    ]
+    task_loading.refuse_shared(prepared)
+    prepared[1].benchmark = dataclasses.replace(first, name="other", num_fewshot=1)
+    with pytest.raises(UserError, match="piqa and other both ask piqa, in two ways"):
+        task_loading.refuse_shared(prepared)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "cannot be read (no JSON)"),
+        (b"[]", "is not tinyllama eval's"),
+        (b'{"results": {}}', "is not tinyllama eval's"),
+        (b"\xff", "cannot be read (no JSON)"), (b'{"format": "tinyllama-results-1", "tasks": [1]}', "is damaged"),
+        (b'{"format": "tinyllama-results-1", "tasks": {"a": 1}}', "is damaged"),
+    ],
+)  # fmt: skip
+def test_a_foreign_or_damaged_results_file_is_not_written_over(tmp_path, content, words):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        runner._read_old(tmp_path / "results.json")
+    assert words in str(raised.value)

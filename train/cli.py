@@ -25,6 +25,9 @@ def train_command(
     data: Annotated[Path, typer.Option(help="Folder of the recipe's token stores.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")] = Path("runs/pretrain"),
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model; default: the one in --data.")] = None,
+    any_tokenizer: Annotated[
+        bool, typer.Option("--any-tokenizer", help="Train with a tokenizer that export and eval will refuse.")
+    ] = False,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
     init_from: Annotated[
         Path | None, typer.Option(help="Start from these weights: a Hugging Face Llama directory, or a checkpoint.")
@@ -81,8 +84,9 @@ def train_command(
 
     from rich.console import Console
 
-    from tinyllama import locks
+    from tinyllama import checkpoint, locks
     from tinyllama.errors import ConfigError
+    from tinyllama.tokenizer.export import refuse_unexportable
     from train import accelerators, before_launch, profiling
     from train import launch as launching
     from train import plan as planning
@@ -142,6 +146,10 @@ def train_command(
         locks.refuse_another(locks.inside(output), output, job)
     mixture = before_launch.check_data(wanted, data, tokenizer)
     rate_changes = check_start(wanted, output, resume, mixture.sha256, init_from, allow_rate_jump)
+    beside = tokenizer or data / "tokenizer.model"
+    begins = resume == "never" or not checkpoint.list_checkpoints(output)
+    if begins and not any_tokenizer and beside.exists():
+        refuse_unexportable(beside, "--any-tokenizer")
     console = Console(highlight=False, quiet=several is not None and several.rank > 0)
     steps, batch = wanted.num_steps, wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")

@@ -249,7 +249,7 @@ def test_models_of_another_kind_are_refused(corpus, tmp_path):
         input=str(corpus / "prose.jsonl"), model_prefix=str(tmp_path / "unigram"), vocab_size=300,
         model_type="unigram", minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(UserError, match="not a BPE model"):
+    with pytest.raises(UserError, match=r"as unigram, normalized by nmt_nfkc.*gives other ids"):
         export_hf(tmp_path / "unigram.model", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

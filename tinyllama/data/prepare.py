@@ -19,6 +19,7 @@ from tinyllama.data.inputs import SUFFIXES, LeftOut, empty_line, find_inputs, le
 from tinyllama.data.store import SPLITS, Manifest, TokenStore, file_sha256, read_manifest
 from tinyllama.data.work import Plan, Settings, Work, lock
 from tinyllama.errors import DataError
+from tinyllama.tokenizer.export import why_not
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
 
@@ -75,6 +76,8 @@ def prepare(
             fix="fetch the files first, or use --executor local",
         )
     if notice:
+        if reason := why_not(tokenizer.path):
+            notice(f"{tokenizer.path}: a model trained with it could be neither exported nor evaluated ({reason})")
         if left_out:
             notice(left_out_line(left_out))
         if empty := empty_line(plan.files):

@@ -21,40 +21,17 @@ import random
 import shutil
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from tinyllama.errors import MissingExtraError, UserError
-from tinyllama.tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, Tokenizer, parse
+from tinyllama.tokenizer.hf_json import Pair, Pieces, build, read_model, read_pieces, special_names
+from tinyllama.tokenizer.sentencepiece_model import NORMAL, SPACE, Tokenizer
 
-Pair = tuple[str, str]
 WRITTEN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
-
-
-def read_pieces(path: Path) -> tuple[list[tuple[str, float, int]], Any]:
-    """(piece, score, type) for every id, and the normalizer spec; UserError for models that are not Llama's kind."""
-    proto = parse(path.read_bytes())
-    spec, rules = proto.trainer_spec, proto.normalizer_spec
-    if spec.model_type != 2:
-        raise UserError(f"{path} is not a BPE model", fix="only SentencePiece BPE (Llama's kind) can be exported")
-    if rules.name != "identity" or rules.precompiled_charsmap or rules.remove_extra_whitespaces:
-        raise UserError(f"{path} normalizes text ({rules.name})", fix="only identity normalization can be exported")
-    if spec.treat_whitespace_as_suffix or not rules.escape_whitespaces:
-        raise UserError(f"{path} treats spaces in another way than Llama's", fix="train it with Llama's settings")
-    pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
-    kinds = {kind for _, _, kind in pieces}
-    if not kinds <= {NORMAL, UNKNOWN, CONTROL, BYTE}:
-        raise UserError(f"{path} has user-defined or unused pieces", fix="train it without them")
-    if sum(kind == BYTE for _, _, kind in pieces) != 256:
-        raise UserError(f"{path} has no byte fallback", fix="train it with byte fallback")
-    known = {piece for piece, _, kind in pieces if kind == NORMAL}
-    missing = {c for piece in known for c in piece} - known
-    if missing:
-        raise UserError(f"{path}: characters {sorted(missing)[:5]} are in pieces but not pieces", fix="train it again")
-    return pieces, rules
 
 
 def merges(pieces: list[tuple[str, float, int]]) -> list[Pair]:
@@ -171,77 +148,25 @@ def _parts(text: str, score: dict[str, float], rank: dict[Pair, int]) -> bool:
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """The content of `tokenizer.json`: normalizer, BPE with byte fallback, post-processor with bos, decoder.
+    """The content of `tokenizer.json`: normalizer, model, post-processor with bos, decoder.
 
     UserError if the model is of another kind, or no order of merges is known to give its ids.
     """
-    pieces, rules = read_pieces(path)
-    order = merges(pieces)
-    if (doubt := unproven(pieces, order)) is not None:
-        raise UserError(
-            f"{path}: no order of merges is known to give SentencePiece's ids on texts such as {doubt!r}",
-            fix="nothing was written; report this tokenizer",
-        )
-    names = [piece for piece, _, _ in pieces]
-    unk, bos, eos = (_special(pieces, name) for name in ("<unk>", "<s>", "</s>"))
-    special = [
-        {"id": i, "content": names[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
-        for i in (unk, bos, eos)
-    ]  # fmt: skip
-    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if rules.add_dummy_prefix:
-        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    bos_token = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos_token, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                bos_token,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": "<s>", "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [bos], "tokens": ["<s>"]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {name: i for i, name in enumerate(names)},
-            "merges": [list(pair) for pair in order],
-        },
-    }
+
+    def order_of(pieces: Pieces) -> list[Pair]:
+        order = merges(pieces)
+        if (doubt := unproven(pieces, order)) is not None:
+            raise UserError(
+                f"{path}: no order of merges is known to give SentencePiece's ids on texts such as {doubt!r}",
+                fix="nothing was written; report this tokenizer",
+            )
+        return order
+
+    return build(path, order_of)
 
 
-def _special(pieces: list[tuple[str, float, int]], name: str) -> int:
-    for index, (piece, _, kind) in enumerate(pieces):
-        if piece == name and kind in (UNKNOWN, CONTROL):
-            return index
-    raise UserError(f"the tokenizer has no {name} piece", fix="train it with Llama's settings")
-
-
-def check_texts(seed: int = 0) -> Iterator[str]:
-    """Texts on which an export is proven: spaces, specials as text, random Unicode, CPython's topics and sources."""
+def short_texts(seed: int = 0) -> Iterator[str]:
+    """Hostile texts: spaces, specials as text, what normalizers change, random Unicode, runs."""
     yield from (
         "",
         " ",
@@ -258,6 +183,15 @@ def check_texts(seed: int = 0) -> Iterator[str]:
         " ▁ a▁▁b",
         "<s>",
         "</s> <unk>",
+        *(
+            "\r\n",
+            "a\r\nb",
+            "\u1100\u1161\u11a8",
+            "e\u0301\u0323",
+            "\u212b \ufb01 \u00bd \uff11\uff12",
+            "\u3000a\u00a0\u2003b ",
+        ),
+        *(" ▁", "▁ ", "a ▁ ", "  a  b  ", "\u200ba\u200b", "\ufeffa", "\u4e16\u754c" * 40),
     )
     yield from ("<0x0A>", "👩‍👩‍👧‍👦 e\u0301 \u202e\u200b", "1234567890 3.14", "=" * 100, "ab" * 50, "-" * 33 + "=" * 31)
     for count in range(1, 70):
@@ -271,6 +205,21 @@ def check_texts(seed: int = 0) -> Iterator[str]:
         yield text.replace("\x00", " ") + " " * generator.randint(0, 3) + text[:5]
     for _ in range(200):
         yield "".join(generator.choice("aab \n\t  =-_.()e▁") for _ in range(generator.randint(1, 80)))
+
+
+def piece_texts(names: Sequence[str], seed: int = 0) -> Iterator[str]:
+    """Every piece, and random rows of pieces and spaces: what meets in no ordinary text."""
+    yield from names
+    generator = random.Random(seed)
+    for _ in range(500):
+        row = (generator.choice((" ", "  ", "\n", *names[:2], "") if generator.random() < 0.2 else names)
+               for _ in range(generator.randint(1, 30)))  # fmt: skip
+        yield "".join(row)
+
+
+def check_texts(seed: int = 0) -> Iterator[str]:
+    """Texts on which an export is proven: hostile ones, and CPython's topics and sources."""
+    yield from short_texts(seed)
     from pydoc_data.topics import topics
 
     yield from topics.values()
@@ -285,7 +234,7 @@ def verify_hf(directory: str | os.PathLike[str], model: str | os.PathLike[str], 
     """Encode `texts` with both; returns {texts, tokens, mismatches, first}: counts, and the first text that differs.
 
     Checks the ids with special tokens, which must be SentencePiece's with bos in front, and of texts up to 10,000
-    characters also those without.
+    characters also those without, and the text that they give again.
     """
     try:
         from transformers import AutoTokenizer
@@ -304,7 +253,9 @@ def verify_hf(directory: str | os.PathLike[str], model: str | os.PathLike[str], 
         for text, want, got in zip(pending, expected, full, strict=True):
             counts["texts"] += 1
             counts["tokens"] += len(want)
-            if got != [ours.bos_id, *want] or plain.get(text, want) != want:
+            # What a model without bytes does not know is written in two ways.
+            again = len(text) > 10_000 or ours.unk_id in want or theirs.decode(want) == ours.decode(want)
+            if got != [ours.bos_id, *want] or plain.get(text, want) != want or not again:
                 counts["mismatches"] += 1
                 counts["first"] = counts["first"] if counts["first"] is not None else text
         pending.clear()
@@ -326,9 +277,51 @@ def _writing(target: Path) -> Iterator[None]:
         raise UserError(f"cannot write {target} ({error.strerror or error})", fix="give a writable --output") from None
 
 
-def _write(directory: Path, model: Path, content: dict[str, Any]) -> None:
+def why_not(model: str | os.PathLike[str]) -> str | None:
+    """Why a tokenizer could not be exported, as far as can be told in seconds; None if nothing is found.
+
+    Of Llama's kind the settings are looked at; of any other, hostile texts are encoded both ways where the tokenizers
+    library is installed. Export does more, and has the last word.
+    """
+    loaded = Tokenizer.load(model)
+    try:
+        if loaded.is_llama_like:
+            read_pieces(loaded.path)
+            return None
+        content = tokenizer_json(loaded.path)
+    except UserError as error:
+        return error.what.removeprefix(f"{loaded.path} ").removeprefix(f"{loaded.path}: ")
+    try:
+        from tokenizers import Tokenizer as Backend
+    except ImportError:
+        return None
+    theirs = Backend.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True  # "<s>" in a document is text
+    texts = [*short_texts(), *piece_texts([piece for piece, _ in loaded.pieces()])]
+    found = theirs.encode_batch(texts, add_special_tokens=False)
+    wrong = [t for t, ids, got in zip(texts, loaded.encode_batch(texts, 1), found, strict=True) if got.ids != ids]
+    return _parting(loaded, min(wrong, key=len), len(wrong), len(texts)) if wrong else None
+
+
+def _parting(loaded: Tokenizer, first: str, wrong: int, texts: int) -> str:
+    """The reason that a counterpart is not good enough."""
+    return (
+        f"as {loaded.kind} its counterpart in Hugging Face's library gives other ids than SentencePiece on {wrong:,} of "
+        f"{texts:,} texts, such as {first[:40]!r}"
+    )
+
+
+def refuse_unexportable(model: str | os.PathLike[str], flag: str) -> None:
+    """UserError for a tokenizer that `why_not` finds fault with: asked before a model is trained with it."""
+    if reason := why_not(model):
+        raise UserError(
+            f"tokenizer {model}: a model trained with it could be neither exported nor evaluated ({reason})",
+            fix=f"train another: tinyllama tokenizer train; or {flag} to train all the same",
+        )
+
+
+def _write(directory: Path, model: Path, content: dict[str, Any], special: dict[str, str]) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {
         # Not LlamaTokenizer, which transformers rebuilds from the vocabulary with a normalizer of its own.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -352,6 +345,8 @@ def export_hf(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
     nothing written, if the model is of another kind, its order of merges is unproven, or an id differs.
     """
     loaded = Tokenizer.load(model)
+    if not loaded.is_llama_like and (reason := why_not(model)):  # some seconds instead of a minute
+        raise UserError(f"{loaded.path} cannot be exported: {reason}", fix="train one with Llama's settings")
     content = tokenizer_json(loaded.path)
     target = Path(output)
     partial = target.with_name(f"{target.name}.tokenizer-partial")
@@ -359,14 +354,12 @@ def export_hf(model: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         with _writing(target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write(partial, loaded.path, content)
-        counts = verify_hf(partial, loaded.path, chain(check_texts(), content["model"]["vocab"]))
+            pieces, proto = read_model(loaded.path)
+            _write(partial, loaded.path, content, special_names(pieces, proto))
+        counts = verify_hf(partial, loaded.path, chain(check_texts(), piece_texts([piece for piece, *_ in pieces])))
         if counts["mismatches"]:
-            raise UserError(
-                f"{counts['mismatches']} of {counts['texts']} texts get other ids than SentencePiece's, first "
-                f"{counts['first'][:40]!r}",
-                fix="nothing was written; report this tokenizer",
-            )
+            reason = _parting(loaded, counts["first"], counts["mismatches"], counts["texts"])
+            raise UserError(f"{loaded.path}: {reason}", fix="nothing was written; train one with Llama's settings")
         with _writing(target):
             if target.exists():
                 for path in sorted(partial.iterdir()):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyllama.errors import DataError, MissingExtraError, UserError
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # SentencePiece's piece types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece's piece types
 SPACE = "▁"
 
 
@@ -87,6 +87,17 @@ class Tokenizer:
         plain = rules.name == "identity" and not rules.precompiled_charsmap and not rules.remove_extra_whitespaces
         spaces = rules.add_dummy_prefix and rules.escape_whitespaces and not spec.treat_whitespace_as_suffix
         return spec.model_type == 2 and spec.byte_fallback and plain and spaces
+
+    @property
+    def kind(self) -> str:
+        """The settings in which tokenizers differ, for a person: "BPE, normalized by nmt_nfkc, without bytes"."""
+        proto = parse(self._model)
+        spec, rules = proto.trainer_spec, proto.normalizer_spec
+        parts = {1: "unigram", 2: "BPE"}.get(spec.model_type, "a model of another kind")
+        parts += f", normalized by {rules.name or 'a map of its own'}" if rules.precompiled_charsmap else ""
+        parts += ", with extra spaces removed" if rules.remove_extra_whitespaces else ""
+        parts += "" if rules.add_dummy_prefix else ", without a space before a text"
+        return parts + ("" if spec.byte_fallback else ", without bytes")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos. DataError if the text holds a lone surrogate."""

@@ -88,6 +88,12 @@ def test_a_line_with_a_reserved_character_is_learnt_from(mark, tmp_path):
     assert any("zqzq" in piece for piece in pieces)
 
 
+def test_a_document_that_is_too_long_to_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"word " * (4 << 20))
+    with pytest.raises(DataError, match=r"no text in 0 documents \(1 records skipped: longer than 16,777,216 bytes\)"):
+        train([tmp_path / "a.txt"], tmp_path / "x.model", 280)
+
+
 @pytest.mark.parametrize(("text", "words"), [("▅▅\n▅", "no text in 1 documents"), ("\r\n\r", "no text in 1 documents")])
 def test_nothing_to_learn_is_one_line(text, words, tmp_path):
     (tmp_path / "a.txt").write_bytes(text.encode())

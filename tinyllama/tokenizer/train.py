@@ -251,7 +251,9 @@ def train(
     num_lines = len(kept)
     if not kept:
         given = ", ".join(shown(str(one)) for one in inputs)
-        raise DataError(f"{given}: no text in {seen} documents", fix="give files with text")
+        reasons = ", ".join(f"{count:,} records skipped: {reason}" for reason, count in skipped.counts.items())
+        more = f" ({reasons})" if reasons else ""
+        raise DataError(f"{given}: no text in {seen} documents{more}", fix="give files with text, of lines or records")
     held = sum(_utf8_bytes(line.rstrip("\r")) for line in kept)
     coverage.sampled_out = max(0, coverage.used - held) if num_lines == input_sentence_size else 0
     if learning:

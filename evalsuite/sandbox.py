@@ -165,6 +165,11 @@ class _Server:
         self.process.wait()
 
 
+def _has_code(tests: str) -> bool:
+    """Whether there is more in a text than comments."""
+    return any(line.strip() and not line.lstrip().startswith("#") for line in tests.splitlines())
+
+
 def _close(servers: list[_Server], owner: int) -> None:
     while servers and os.getpid() == owner:
         servers.pop().close()
@@ -246,7 +251,7 @@ class Sandbox:
         lines = program.replace("\r\n", "\n").replace("\r", "\n").count("\n")
         task = {
             "program": text,
-            "first_test": lines + 1 if tests.strip() else None,
+            "first_test": lines + 1 if _has_code(tests) else None,
             "must_fail": must_fail,
             "secret": secrets.token_hex(32),
             "wall_s": wall_s,

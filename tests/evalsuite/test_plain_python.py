@@ -120,5 +120,6 @@ def test_the_tests_run_in_the_program_s_own_interpreter():
     assert sandbox.run("n = 0\ndef f(x):\n    global n\n    n += 1\n    return x + 1\n", tests=tests).passed
     assert not sandbox.run("n = 0\ndef f(x):\n    return x + 1\n", tests=tests).passed
     assert "SyntaxError" in sandbox.run("f = (\n", tests=tests).reason
+    assert sandbox.run("x = 1\n", tests="# nothing to test\n").passed
     assert sandbox.run("from __future__ import annotations\nn = 1\nf = lambda x: 2\n", tests=tests).passed
     sandbox.close()

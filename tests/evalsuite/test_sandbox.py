@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_memory_that_forked_processes_share_counts_once():
         "        os.read(r, 1)\n        os._exit(0)\ntime.sleep(0.5)\n"
     )
     assert sandbox.run(text).passed
+    sandbox.close()
+
+
+def test_programs_do_not_take_each_other_s_processes():
+    """Four with 60 threads each, side by side, beside a fork bomb: more in all than one may have."""
+    sandbox = Sandbox()
+    threads = load("honest")["many threads"]
+    with ThreadPoolExecutor(5) as pool:
+        bomb = pool.submit(sandbox.run, HOSTILE["stubborn fork bomb"], 3.0)
+        verdicts = list(pool.map(sandbox.run, [threads] * 4))
+    assert [verdict.reason for verdict in verdicts] == [""] * 4
+    assert not bomb.result().passed
     sandbox.close()
 
 

@@ -79,6 +79,7 @@ def train_command(
 
       tinyllama train --hostfile hosts --deepspeed my_zero3.json --launcher "--master_port 29600"
     """
+    import os
     import shlex
     import sys
 
@@ -108,7 +109,7 @@ def train_command(
         if value is not None and not 1 <= value <= 1_000_000:
             raise ConfigError(f"{option} {value}", fix="give a number from 1 to 1,000,000")
     config = Path(deepspeed)
-    if not config.exists() and (CONFIGS / f"{config.name}.json").exists():
+    if not os.path.exists(config) and os.path.exists(CONFIGS / f"{config.name}.json"):
         config = CONFIGS / f"{config.name}.json"
     wanted = load_recipe(recipe, setting)
     raw = planning.read_deepspeed(config)

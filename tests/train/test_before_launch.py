@@ -95,6 +95,9 @@ def test_folders_without_permission_are_refused_before_the_launch(stores, tmp_pa
         (["--tokenizer", "none.model"], "tokenizer none.model does not exist"),
         (["--tokenizer", "/"], "tokenizer / cannot be read"),
         (["--init-from", "nothing/here"], "nothing/here"),
+        (["--init-from", "n" * 300], "File name too long"),
+        (["--deepspeed", "n" * 300], "File name too long"),
+        (["--recipe", "n" * 300], "File name too long"),
     ],
 )
 def test_wrong_arguments_are_refused_in_dry_runs_too(refused, arguments, words):

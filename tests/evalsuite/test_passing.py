@@ -138,7 +138,7 @@ def test_completions_are_scored_again_without_a_model(measured, tmp_path):
     found = report.comparison(report.models[1], "humaneval")
     assert found is not None
     assert found.test is not None
-    assert (found.test.pairs, found.test.method) == (2, "paired bootstrap")
+    assert (found.test.pairs, found.test.method) == (2, "sign flip, exact")
     assert "12 completions at temperature 0.8" in report.models[0].scores["humaneval"].protocol
     # The same again: nothing changes.
     before = {path: path.read_bytes() for path in output.rglob("samples*/*.jsonl")}

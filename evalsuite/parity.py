@@ -132,39 +132,39 @@ def _reference(choice: ModelChoice) -> tuple[str, Callable[[list[int]], Any], in
 
 
 def _our_config(directory: Path) -> ModelConfig:
-    """The shape of a Llama whose logits ours can compute: of a head that is tied to the embedding it has a copy."""
+    """The shape of a Llama whose logits ours can compute: of a head that is tied to the embedding it has a copy, and null
+    stands for a default.
+    """
     raw = json.loads((directory / "config.json").read_text())
-    if not raw.get("tie_word_embeddings"):
-        return ModelConfig.from_hf(directory)
-    with tempfile.TemporaryDirectory(prefix="tinyllama-parity-") as untied:
-        (Path(untied) / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+    plain = {name: value for name, value in raw.items() if value is not None} | {"tie_word_embeddings": False}
+    with tempfile.TemporaryDirectory(prefix="tinyllama-parity-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(plain))
         try:
-            return ModelConfig.from_hf(untied)
+            return ModelConfig.from_hf(folder)
         except ConfigError as error:
-            raise ConfigError(error.what.replace(untied, str(directory)), fix=error.fix) from None
+            raise ConfigError(error.what.replace(folder, str(directory)), fix=error.fix) from None
 
 
 def _ours(directory: Path, device: str) -> Any:
     """Our implementation of a directory's weights, in float32."""
     import torch
 
-    from tinyllama.model.hf import fill, load_model, read_tensors
+    from tinyllama.model.hf import fill, read_tensors
     from tinyllama.model.llama import Llama
 
-    if not json.loads((directory / "config.json").read_text()).get("tie_word_embeddings"):
-        return load_model(directory, "float32", device)
+    tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings")
 
-    def with_head() -> Iterator[tuple[str, Any]]:
+    def tensors() -> Iterator[tuple[str, Any]]:
         for name, tensor in read_tensors(directory):
-            if name != HEAD:
+            if not (tied and name == HEAD):
                 yield name, tensor
-            if name == "model.embed_tokens.weight":
+            if tied and name == "model.embed_tokens.weight":
                 yield HEAD, tensor
 
     with torch.device("meta"):
         model = Llama(_our_config(directory))
     model = model.to_empty(device=device).float()
-    fill(model, with_head(), str(directory))
+    fill(model, tensors(), str(directory))
     return model.eval()
 
 

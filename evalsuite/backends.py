@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyllama import checkpoint, model_source, processes
+from tinyllama import checkpoint, model_source, processes, scratch
 from tinyllama.errors import MissingExtraError, UserError
 from tinyllama.model_source import ModelSource
 
@@ -257,6 +256,6 @@ def tokenizer_directory(choice: ModelChoice) -> Path:
     model = choice.source.path / "tokenizer.model"
     if not model.exists():
         raise UserError(f"{choice.path} holds no tokenizer.model", fix="export it with --tokenizer FILE")
-    target = Path(tempfile.mkdtemp(prefix="tinyllama-tokenizer-"))
+    target = scratch.make("tinyllama-tokenizer-")
     export_hf(model, target)
     return target

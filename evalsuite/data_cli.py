@@ -27,8 +27,9 @@ def pull(
       tinyllama eval-data pull bundle --mirror /mnt/hub/datasets
     """
     from evalsuite import packing
+    from tinyllama import locks
 
-    with _console().status("fetching") as status:
+    with locks.held(locks.beside(output), output, "tinyllama eval-data pull"), _console().status("fetching") as status:
         files = packing.pull(output, mirror, lambda text: status.update(text))
     rows = sum(file.rows for file in files.values())
     _console().print(f"{output}: {len(files)} files, {rows:,} rows; tinyllama eval --data-dir {output}", markup=False)
@@ -48,8 +49,9 @@ def pack(
       tinyllama eval-data pack bundle bundle.tar.zst
     """
     from evalsuite import packing
+    from tinyllama import locks
 
-    with _console().status("packing") as status:
+    with locks.held(locks.beside(output), output, "tinyllama eval-data pack"), _console().status("packing") as status:
         packing.pack(source, output, lambda text: status.update(text))
     _console().print(f"{output} is packed and verified", markup=False)
 

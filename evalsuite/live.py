@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer
 from evalsuite import bundle, definitions, runner, samples, scorable, suites
 from evalsuite.counting import CountingHFLM
 from evalsuite.native import hf_config
+from tinyllama import scratch
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.tokenizer.export import export_hf
@@ -110,7 +110,7 @@ class LiveEvaluation:
         batch_size: int,
     ) -> None:
         self.limit, self._control = limit, control
-        self._scratch = Path(tempfile.mkdtemp(prefix="tinyllama-eval-"))
+        self._scratch = scratch.make("tinyllama-eval-")
         data = bundle.find(data_dir) if data_dir else None
         if data:
             bundle.go_offline(self._scratch / "huggingface")

@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +15,7 @@ from evalsuite import manifest
 from evalsuite.data_sets import DATA_SETS, DataSet, Split, splits
 from evalsuite.files import write_json_lines
 from evalsuite.manifest import File
+from tinyllama import scratch
 from tinyllama.data.durable import cannot_write, durable
 from tinyllama.errors import DataError, UserError
 
@@ -75,8 +75,8 @@ def pack(source: Path, output: Path, report: Report) -> Path:
             f"{source} holds no <data set>/<config>/<split>.jsonl or .parquet", fix="see docs/evaluation.md"
         )
     old = manifest.read(source) or {}
-    with tempfile.TemporaryDirectory(dir=_existing(output.parent), prefix=f".{output.name}-") as scratch:
-        bundle = Path(scratch) / "bundle"
+    with scratch.folder(f".{output.name}-", _existing(output.parent)) as made:
+        bundle = made / "bundle"
         files: dict[str, File] = {}
         for path in found:
             place = path.relative_to(source).with_suffix(".jsonl")
@@ -147,16 +147,16 @@ def unpacked(path: Path) -> Iterator[Path]:
         return
     import zstandard
 
-    with tempfile.TemporaryDirectory(prefix="tinyllama-bundle-") as scratch:
+    with scratch.folder("tinyllama-bundle-") as made:
         try:
             with open(path, "rb") as stream:
                 opened: Any = gzip.GzipFile(fileobj=stream) if path.name.endswith(".gz") else None
                 opened = opened or zstandard.ZstdDecompressor().stream_reader(stream)
                 with tarfile.open(fileobj=opened, mode="r|") as archive:
-                    archive.extractall(scratch, filter="data")
+                    archive.extractall(made / "bundle", filter="data")
         except (OSError, EOFError, tarfile.TarError, zstandard.ZstdError) as error:
             raise DataError(f"{path} cannot be unpacked ({error})", fix=manifest.AGAIN) from None
-        yield Path(scratch)
+        yield made / "bundle"
 
 
 def pull(output: Path, mirror: Path | None, report: Report) -> dict[str, File]:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from evalsuite.aggregate import suite_means
 from evalsuite.files import write_json, write_json_lines
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
 from evalsuite.suites import Benchmark
+from tinyllama import locks, scratch
 from tinyllama.data.durable import refuse_unwritable
 from tinyllama.errors import UserError, nearest
 from tinyllama.export import TALKATIVE
@@ -215,25 +215,21 @@ def evaluate(request: Request, report: Callable[[str, str, float], None]) -> dic
 
     Returns what is in `results.json`. UserError for unknown tasks and missing data, before the model is loaded.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="tinyllama-eval-"))
-    try:
-        return _evaluate(request, report, scratch)
-    finally:
-        import shutil
-
-        shutil.rmtree(scratch, ignore_errors=True)
+    lock = locks.held(locks.inside(request.output), request.output, "tinyllama eval")
+    with lock, scratch.folder("tinyllama-eval-") as made:
+        return _evaluate(request, report, made)
 
 
-def _evaluate(request: Request, report: Callable[[str, str, float], None], scratch: Path) -> dict[str, Any]:
+def _evaluate(request: Request, report: Callable[[str, str, float], None], folder: Path) -> dict[str, Any]:
     data = bundle.find(request.data_dir) if request.data_dir else None
     if data:
-        bundle.go_offline(scratch / "huggingface")
+        bundle.go_offline(folder / "huggingface")
     quieten()
     from evalsuite import completions, passing
     from evalsuite.definitions import prepare
 
     report_of_overlap = contamination.load(request.contamination, data) if request.contamination else None
-    prepared = [prepare(benchmark, data, scratch) for benchmark in request.benchmarks]
+    prepared = [prepare(benchmark, data, folder) for benchmark in request.benchmarks]
     task_loading.refuse_shared(prepared)
     headline.refuse_mixed_units(request.own_suites, prepared)
     model_sha256 = backends.content_sha256(request.choice)

@@ -15,6 +15,7 @@ ONLINE = "Latency under load"
 
 
 def serve_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Export, Hugging Face directory, training checkpoint, run, or hub id.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where bench.json goes. Default: runs/serve/NAME.")
@@ -135,6 +136,7 @@ def serve_command(
 
     from serve import source as sources
     from serve.engine import require_vllm
+    from tinyllama import locks
     from tinyllama.errors import ConfigError
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -191,6 +193,7 @@ def serve_command(
         console.print(f"[yellow]{warning}[/]", soft_wrap=True)
     beside = Beside.load(scores, baseline, source, workload)
     target = output or Path("runs/serve") / source.name
+    context.with_resource(locks.held(locks.inside(target), target, "tinyllama serve"))
     if address is not None:
         sys.exit(_listen(source, address, api_key, loading, max(workload.batch_sizes), target / "vllm.log", console))
     from serve.job import Job, check

@@ -17,14 +17,13 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tinyllama import processes
+from tinyllama import processes, scratch
 from tinyllama.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -137,8 +136,9 @@ def importable_vllm() -> Iterator[None]:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB; would override the size that we give in bytes
-    with tempfile.TemporaryDirectory(prefix="tinyllama-serve-") as folder, processes.guarded() as guarded:
+    with scratch.folder("tinyllama-serve-") as made, processes.guarded() as guarded:
         os.environ.update(guarded)
+        folder = str(made)
         hidden = _torchcodec_is_broken()
         if hidden:
             Path(folder, "torchcodec.py").write_text(

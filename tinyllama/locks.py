@@ -47,7 +47,8 @@ def inside(folder: Path) -> Path:
 
 def beside(target: Path) -> Path:
     """The lock of a file or directory that appears by one rename."""
-    return target.with_name(f".{target.name}{NAME}")
+    absolute = Path(os.path.abspath(target))
+    return absolute.with_name(f".{absolute.name}{NAME}")
 
 
 def read(path: Path) -> dict[str, Any]:

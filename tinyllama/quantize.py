@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyllama import __version__, model_source
+from tinyllama import __version__, model_source, scratch
 from tinyllama.data.durable import cannot_write
 from tinyllama.errors import CheckpointError, ConfigError, nearest
 from tinyllama.export import (
@@ -333,8 +332,8 @@ def export_quantized(
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            plain = Path(folder) / source.path.name
+        with scratch.folder(f".{target.name}.", target.parent) as folder:
+            plain = folder / source.path.name
             export_checkpoint(source.path, plain, tokenizer=tokenizer, dtype="float32", check=check, report=say)
             return quantize_directory(plain, target, name, dtype=dtype, check=check, report=say)
     except OSError as error:

@@ -18,6 +18,7 @@ from tinyllama.data.prepare import prepare
 from tinyllama.data.store import verify
 from tinyllama.data.work import lock
 from tinyllama.errors import DataError
+from tinyllama.locks import InUseError
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
 
@@ -79,7 +80,7 @@ def test_nothing_is_touched_while_another_process_writes(folder, tokenizer):
     with lock(partial):
         (partial / "kept").touch()
         for overwrite in (False, True):
-            with pytest.raises(DataError, match="being written by another process"):
+            with pytest.raises(InUseError, match=r"store\.partial is in use"):
                 again(folder, tokenizer, overwrite=overwrite)
         assert (partial / "kept").exists()
     again(folder, tokenizer)

@@ -10,7 +10,9 @@ import zstandard
 from conftest import WITHOUT_PRIVILEGES, preparing, skip_unless_privileges_can_be_dropped, tinyllama
 
 from tinyllama.data.prepare import prepare
+from tinyllama.data.work import lock
 from tinyllama.errors import DataError
+from tinyllama.locks import InUseError
 
 BROKEN = [
     ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2"),
@@ -94,13 +96,8 @@ def test_output_and_input_do_not_lie_in_each_other(inputs, tokenizer, tmp_path):
 
 
 def test_two_preparations_of_one_store_do_not_mix(inputs, tokenizer, tmp_path):
-    import fcntl
-
-    (tmp_path / "store.partial").mkdir()
-    with open(tmp_path / "store.partial" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="being written by another process"):
-            prepare([inputs], tmp_path / "store", tokenizer, workers=0)
+    with lock(tmp_path / "store.partial"), pytest.raises(InUseError, match=r"in use by tinyllama data prepare \(pid"):
+        prepare([inputs], tmp_path / "store", tokenizer, workers=0)
 
 
 def test_a_folder_that_is_no_store_is_left_alone(inputs, tokenizer, tmp_path):

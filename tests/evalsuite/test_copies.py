@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import random_llama
 from conftest import ROOT, tinyllama
+from holding import Hold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from evalsuite.cohorts import Prompt
 from evalsuite.engines import Copies
 from evalsuite.forest import Forest, shares
 from evalsuite.scoring import Continuation
+from tinyllama import locks
 
 TASKS = "piqa,openbookqa,boolq"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -132,36 +133,54 @@ def test_copies_are_the_native_backends(llama, tmp_path):
 # -- Interruptions -----------------------------------------------------------------------------------------------------
 
 
-def stopped_after(number: int, how: signal.Signals, llama: Path, output: Path) -> subprocess.Popen[str]:
-    """An evaluation that gets a signal as soon as `number` benchmarks are in results.json."""
-    arguments = [sys.executable, "-m", "tinyllama", *map(str, command(llama, output))]
+def stopped_after(number: int, how: signal.Signals, llama: Path, output: Path) -> tuple[int, str]:
+    """Exit code and errors of an evaluation that gets a signal when `number` benchmarks are in results.json.
+
+    It is held as it gives the file its name once more.
+    """
+    hold = Hold(output, f"command|os.rename|{output / 'results' / 'results.json'}", number + 1)
+    arguments = [sys.executable, "-m", "tinyllama", *map(str, command(llama, output / "results"))]
     process = subprocess.Popen(
-        arguments, cwd=ROOT, env={**os.environ, **ONE_THREAD}, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **ONE_THREAD, **hold.environment},
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    path = output / "results.json"
-    while process.poll() is None:
-        if path.exists() and len(json.loads(path.read_text())["tasks"]) >= number:
-            process.send_signal(how)
-            break
-        time.sleep(0.002)
-    return process
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_evaluation_ends_with_the_same_results(llama, undisturbed, tmp_path, how):
-    process = stopped_after(1, how, llama, tmp_path)
+    hold.wait(process)
+    process.send_signal(how)
     _, said = process.communicate(timeout=60)
-    partial = json.loads((tmp_path / "results.json").read_text())
-    assert 1 <= len(partial["tasks"]) < 3, "the evaluation was over before the signal came"
-    assert process.returncode == (130 if how == signal.SIGINT else -9)
-    if how == signal.SIGINT:
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_evaluation_ends_with_the_same_results(llama, undisturbed, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    code, said = stopped_after(1, how, llama, tmp_path)
+    output = tmp_path / "results"
+    partial = json.loads((output / "results.json").read_text())
+    assert len(partial["tasks"]) == 1
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    if how != signal.SIGKILL:
         assert "interrupted; what was finished is kept" in said
         assert "Traceback" not in said
+        assert not list(tmp_path.glob("tinyllama-*"))
+        assert not (output / ".lock").exists()
     first = next(iter(partial["tasks"]))
-    done = tinyllama(*command(llama, tmp_path), env=ONE_THREAD)
+    done = tinyllama(*command(llama, output), env=ONE_THREAD)
     assert f"{first}: {partial['tasks'][first]['seconds']:.1f} s (kept from before)" in done.stderr
-    assert scores(tmp_path) == scores(undisturbed)
-    assert logs(tmp_path) == logs(undisturbed)
+    assert scores(output) == scores(undisturbed)
+    assert logs(output) == logs(undisturbed)
+    assert not list(tmp_path.glob("tinyllama-*"))  # not even those of the one that was killed
+
+
+def test_a_second_evaluation_into_a_folder_is_refused(llama, undisturbed):
+    with locks.held(locks.inside(undisturbed), undisturbed, "tinyllama eval"):
+        before = (undisturbed / "results.json").read_bytes()
+        done = tinyllama(*command(llama, undisturbed), check=False)
+        assert done.returncode == 2
+        assert f"{undisturbed} is in use by tinyllama eval (pid {os.getpid()} " in done.stderr
+        assert (undisturbed / "results.json").read_bytes() == before
 
 
 def test_other_benchmarks_join_what_is_there_and_other_settings_do_not(llama, undisturbed, tmp_path):

@@ -10,29 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, members, settings, until
+from holding import Hold
 
 from train import heartbeat
-from train.launch import exit_code
+from train.launch import exit_code, free_port
 
-# Runs in each Python of the family. HOLD: who|event|text; the first such event is waited in.
-HOLD = """
-import os, sys, time
-
-who, event, text = os.environ["HOLD"].split("|")
-role = f"rank {os.environ['RANK']}" if "RANK" in os.environ else "command"
-if "deepspeed.launcher.launch" in sys.orig_argv and role == "command":
-    role = "launcher"
-waited = [role != who]
-
-def at(name, arguments):
-    if not waited[0] and name == event and any(text in str(argument) for argument in arguments):
-        waited[0] = True
-        open(os.environ["HELD"], "w").close()
-        while not os.path.exists(os.environ["HELD"] + ".go-on"):
-            time.sleep(0.02)
-
-sys.addaudithook(at)
-"""
 MOMENTS = [
     ("command|import|typer", signal.SIGTERM),
     ("command|open|manifest.json", signal.SIGHUP),
@@ -54,28 +36,22 @@ MORE = [
 ]
 
 
-def held(run: Path, stores: Path, tmp_path: Path, where: str, plain: bool = False) -> subprocess.Popen[str]:
+def held(run: Path, stores: Path, where: str, plain: bool = False) -> tuple[subprocess.Popen[str], Hold]:
     """A run that has come to this moment."""
-    (tmp_path / "sitecustomize.py").write_text(HOLD)
-    path = os.pathsep.join(filter(None, (str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH"))))
-    more = {"PYTHONPATH": path, "HOLD": where, "HELD": str(tmp_path / "held"), "HERE": str(run), "COLUMNS": "200"}
+    hold = Hold(run.parent, where)
     ranks = ["--num_gpus", "2"] if plain else ["--num-accelerators", "2"]
     arguments = ["--recipe", "demo", "--data", str(stores), "--output", str(run), *settings("training.tokens=3840")]
     command = [sys.executable, "-m", "tinyllama", "train", *arguments, *ranks]
     if plain:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", *ranks]
-        command += [
-            str(ROOT / "train" / "pretrain.py"),
-            "--deepspeed",
-            str(ROOT / "ds_configs" / "zero3.json"),
-            *arguments,
-        ]
+        command += ["--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py")]
+        command += ["--deepspeed", str(ROOT / "ds_configs" / "zero3.json"), *arguments]
+    environment = {**os.environ, **hold.environment, "HERE": str(run), "COLUMNS": "200"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert until(lambda: (tmp_path / "held").exists() or process.poll() is not None, 240)
-    assert process.poll() is None, process.communicate()[0]
-    return process
+    hold.wait(process)
+    return process, hold
 
 
 def expect_stopped(process: subprocess.Popen[str], run: Path) -> str:
@@ -92,9 +68,9 @@ def expect_stopped(process: subprocess.Popen[str], run: Path) -> str:
 )
 def test_a_signal_while_a_run_starts_ends_it_with_75(where, number, stores, tmp_path):
     run = tmp_path / "run"
-    process = held(run, stores, tmp_path, where)
+    process, hold = held(run, stores, where)
     process.send_signal(number)
-    (tmp_path / "held.go-on").touch()
+    hold.go_on()
     output = expect_stopped(process, run)
     assert output.count("stopped by a signal") == 1
     if (where, number) in MOMENTS:
@@ -105,7 +81,7 @@ def test_a_signal_while_a_run_starts_ends_it_with_75(where, number, stores, tmp_
 @pytest.mark.parametrize("where", ["rank 0|import|torch", "rank 1|import|deepspeed", "rank 0|open|config.partial"])
 def test_a_signal_to_one_rank_of_plain_deepspeed_ends_it_with_75(where, stores, tmp_path):
     run = tmp_path / "run"
-    process = held(run, stores, tmp_path, where, plain=True)
+    process, _ = held(run, stores, where, plain=True)
     rank = f"RANK={where[5]}"
     (pid,) = set(members(f"\0{rank}\0")) & set(members(f"HERE={run}"))
     os.kill(pid, signal.SIGTERM)
@@ -115,7 +91,7 @@ def test_a_signal_to_one_rank_of_plain_deepspeed_ends_it_with_75(where, stores, 
 @pytest.mark.slow
 def test_ranks_end_with_the_runner_of_plain_deepspeed(stores, tmp_path):
     run = tmp_path / "run"
-    process = held(run, stores, tmp_path, "rank 0|open|spikes.jsonl", plain=True)
+    process, _ = held(run, stores, "rank 0|open|spikes.jsonl", plain=True)
     process.kill()
     process.communicate()
     assert until(lambda: not members(f"HERE={run}"))

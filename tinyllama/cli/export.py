@@ -43,7 +43,7 @@ def export_command(
     from rich.console import Console
     from rich.markup import escape
 
-    from tinyllama import model_source
+    from tinyllama import locks, model_source
     from tinyllama.errors import ConfigError
     from tinyllama.export import export_checkpoint
 
@@ -53,7 +53,8 @@ def export_command(
     given.check(ours=True, tokenizer=not (given.is_checkpoint and tokenizer))  # said before torch is imported
     _end_as_by_interrupt()
     console = Console(stderr=True)
-    with console.status("exporting") as status:
+    lock = locks.held(locks.beside(output), output, "tinyllama export")
+    with lock, console.status("exporting") as status:
         if quantize is None:
             record = export_checkpoint(
                 checkpoint, output, tokenizer=tokenizer, dtype=dtype, check=check, report=status.update

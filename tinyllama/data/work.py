@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from tinyllama import locks
 from tinyllama.data.documents import Rules
 from tinyllama.data.durable import durable, partial_name, read_json, write_json
 from tinyllama.data.input_file import InputFile
@@ -88,21 +89,13 @@ def _hash(value: Any) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One preparation of a store at a time, on one machine; makes the folder. DataError if there is another."""
-    import fcntl
-
-    ours = (folder / "lock").exists() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """One preparation of a store at a time; makes the folder. InUseError if there is another."""
+    mine = locks.inside(folder)
+    ours = (folder / "lock").exists() or not folder.exists() or (folder.is_dir() and set(folder.iterdir()) <= {mine})
     if not ours:
         raise DataError(f"{folder} is not an unfinished store", fix="move it away, or give another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(stream.fileno()), os.stat(folder / "lock"))
-        except OSError:
-            held = False  # by another, or the folder went with the end of another's work
-        if not held:
-            raise DataError(f"{folder} is being written by another process", fix="wait for it")
+    with locks.held(mine, folder, "tinyllama data prepare"):
+        (folder / "lock").touch()  # what tells an unfinished store from a folder of somebody's
         yield
 
 

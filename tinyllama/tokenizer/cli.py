@@ -49,6 +49,7 @@ def train(
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+    from tinyllama import locks
     from tinyllama.data.durable import refuse_existing
     from tinyllama.data.inputs import find_inputs
     from tinyllama.tokenizer.train import INPUT_LINES
@@ -57,7 +58,8 @@ def train(
     refuse_existing(output, overwrite)
     total = sum(file.size_bytes for file in find_inputs(inputs))
     columns = ("{task.description}", BarColumn(), DownloadColumn(), "ETA", TimeRemainingColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    lock = locks.held(locks.beside(output), output, "tinyllama tokenizer train")
+    with lock, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading", total=total)
         report = run(
             inputs,

@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import zstandard
-from conftest import ROOT, content, preparing, tinyllama
+from conftest import ROOT, content, members, preparing, tinyllama, until
+from holding import Hold
 
 from tinyllama.data.inputs import InputFile
 from tinyllama.data.prepare import prepare
@@ -73,27 +74,25 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(inputs, tok
 
 def test_killed_again_and_again_with_workers_it_still_ends(inputs, tokenizer_model, unbroken, tmp_path):
     """The parent alone is killed; its workers must not go on writing beside the next attempt."""
-    command = [sys.executable, "-m", "tinyllama", *preparing(inputs, tmp_path / "store", tokenizer_model)]
+    stores = tmp_path / "stores"
+    command = [sys.executable, "-m", "tinyllama", *preparing(inputs, stores / "store", tokenizer_model)]
     command += ["--workers", "2", "--shard-tokens", "30000"]
-    progress, kills = tmp_path / "store.partial" / "progress", 0
-    for seconds in (0.0, 0.05, 0.1, 0.2):
-        shutil.rmtree(progress, ignore_errors=True)
-        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not list(progress.glob("*.json")):  # the first report of a worker
-            time.sleep(0.005)
-        time.sleep(seconds)
-        if process.poll() is not None:
-            break
-        workers = psutil.Process(process.pid).children(recursive=True)
+    for look in (1, 2, 1):  # the parent is held as it reads what its workers report
+        shutil.rmtree(stores / "store.partial" / "progress", ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        hold = Hold(folder, "command|open|store.partial/progress/", look)
+        environment = {**os.environ, **hold.environment, "HERE": str(folder)}
+        process = subprocess.Popen(
+            [*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        hold.wait(process)
+        assert len(members(f"HERE={folder}")) >= 2  # it has workers
         process.kill()
         process.wait()
-        kills += 1
-        assert workers
-        assert not psutil.wait_procs(workers, timeout=5)[1]
-    assert kills >= 2
+        assert until(lambda folder=folder: not members(f"HERE={folder}"))
     tinyllama(*command[3:])
-    assert content(tmp_path / "store") == unbroken
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "tokenizer.model"]
+    assert content(stores / "store") == unbroken
+    assert sorted(path.name for path in stores.iterdir()) == ["store", "tokenizer.model"]
 
 
 def test_only_unfinished_files_are_read_again(inputs, tokenizer, tmp_path):

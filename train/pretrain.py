@@ -600,8 +600,10 @@ def without_a_peer(error: Exception, beat: Heartbeat) -> int | None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print_error(f"a rank is gone, here or on another machine ({lines[0][:200]}); run the same command again")
     if beat.token:
-        with contextlib.suppress(OSError), open(stacks, "a") as stream:
-            traceback.print_exception(error, file=stream)
+        with contextlib.suppress(OSError):
+            stacks.parent.mkdir(exist_ok=True)
+            with open(stacks, "a") as stream:
+                traceback.print_exception(error, file=stream)
     return HUNG
 
 

@@ -95,6 +95,7 @@ def _first(task: dict[str, Any], uid: int | None) -> NoReturn:
         os.setsid()
         processes = supervisor.Processes(namespaces.build_root(task, uid), namespaces.SCRATCH)
         reader, writer = os.pipe()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 gets no signal from its own space but what it handles
         program = os.fork()
         if program == 0:
             _program(task, uid, writer)
@@ -108,6 +109,7 @@ def _first(task: dict[str, Any], uid: int | None) -> NoReturn:
 
 def _program(task: dict[str, Any], uid: int | None, writer: int) -> NoReturn:
     """The program's process: nothing is open in it but the pipe for its verdict."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = task["limits"]["NOFILE"] - 1
     try:
         null = os.open("/dev/null", os.O_RDWR)

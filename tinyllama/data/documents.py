@@ -144,7 +144,10 @@ class Reader:
                 return None
         names = (self.rules.text_field,) if self.rules.text_field else TEXT_FIELDS
         for name in names:
-            if isinstance(found := record.get(name) or _field(record, name), str):
+            found = record.get(name)
+            if found is None and "." in name:
+                found = _field(record, name)
+            if isinstance(found, str):
                 return _checked(found)
         others = {name: found for name in names if (found := _field(record, name)) is not _ABSENT}
         if None in others.values():

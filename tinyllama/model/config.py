@@ -193,12 +193,14 @@ FIELDS: dict[str, tuple[str, Check]] = {
     "per_layer_config": ("null", lambda v: v is None),
     "sliding_window": ("null", lambda v: v is None),
     "layer_types": ("null, or full_attention for each layer", lambda v: v is None or _full_attention(v)),
-    "attn_implementation": ("a name or null", lambda v: v is None or isinstance(v, str)),
+    "attn_implementation": ("eager, sdpa or null", lambda v: v in (None, "eager", "sdpa")),
     "hidden_act": ("a name", lambda v: isinstance(v, str)),
     "rope_scaling": ("an object or null", lambda v: v is None or isinstance(v, dict)),
     "rope_parameters": ("an object or null", lambda v: v is None or isinstance(v, dict)),
     "pretraining_tp": ("a whole number, 1 or more", lambda v: v is None or _whole(1)(v)),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ("a token id, a list of them, or null", _ids)),
+    "bos_token_id": ("a token id or null", lambda v: v is None or type(v) is int),
+    "pad_token_id": ("a token id or null", lambda v: v is None or type(v) is int),
+    "eos_token_id": ("a token id, a list of them, or null", _ids),
 }
 # The only value that this architecture can express.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
@@ -223,6 +225,9 @@ def check_fields(raw: dict[str, Any], where: Path) -> None:
         raise ConfigError(
             f"{where}: pad_token_id={_short(padding)} is no token of {raw['vocab_size']}", fix="correct it"
         )
+    kinds = raw.get("layer_types")
+    if kinds is not None and len(kinds) != raw["num_hidden_layers"]:
+        raise ConfigError(f"{where}: {len(kinds)} layer_types, {raw['num_hidden_layers']} layers", fix="correct it")
     named = raw.get("architectures")
     if named and "LlamaForCausalLM" not in named:
         raise ConfigError(f"{where}: architectures={named!r}", fix="only LlamaForCausalLM is supported")

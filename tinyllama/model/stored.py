@@ -91,7 +91,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ConfigError(f"{path}: architectures={named!r} is not a list of names", fix="export the model again")
     quantization = raw.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
+    if quantization is not None and not (isinstance(quantization, dict) and quantization):
         raise ConfigError(f"{path}: quantization_config={quantization!r} is not an object", fix="quantize it again")
     return raw
 

@@ -92,7 +92,9 @@ class Fault:
     def inject(self) -> list[str]:
         if self.kind == "nan":
             return ["--inject", f"nan@{self.step}"]
-        return ["--inject", f"hold={self.phase}@{self.step}"] if self.is_held else []
+        # The ranks stand still while the other commands start and are refused, which is no hang.
+        longer = ["--set", "health.hang_timeout_s=300"] if self.kind == "second command" else []
+        return ["--inject", f"hold={self.phase}@{self.step}", *longer] if self.is_held else []
 
     @property
     def is_held(self) -> bool:
@@ -139,8 +141,9 @@ class Campaign:
 
     def start(self, run: Path, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tinyllama", "train", "--recipe", "demo", "--data", str(self.data)]
-        command += ["--output", str(run), "--num-accelerators", "2", *more]
+        command += ["--output", str(run), "--num-accelerators", "2"]
         command += [part for key, value in self.settings.items() for part in ("--set", f"{key}={value}")]
+        command += more
         log = open(run.with_suffix(".log"), "a")
         environment = {**os.environ, "HERE": str(run)}
         return subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment)
@@ -317,7 +320,7 @@ def prepare(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="three faults")
+    parser.add_argument("--short", action="store_true", help="six faults")
     parser.add_argument("--only", type=lambda text: text.split(","), help="kinds: SIGKILL,SIGTERM,no room,corrupt,...")
     parser.add_argument("--data", type=Path, help="stores prose and code with 600 pieces (default: made)")
     parser.add_argument("--output", type=Path, help="where to write the JSON")

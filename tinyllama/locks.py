@@ -68,7 +68,10 @@ class Lock:
         self._shown, self._made, self._closed = shown, made, threading.Event()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._record = {**dataclasses.asdict(Owner.this()), "token": self.token, "command": command, "since": since}
-        self._shared = not _is_local(path)
+        self._shared = not is_local(path)
+        # Renewed in place, at one length: whoever reads it meanwhile finds it whole.
+        self._length = len(json.dumps({**self._record, "beat": 10**12}).encode())
+        os.ftruncate(descriptor, 0)
         self._write(0)
         if self._shared:
             time.sleep(SETTLE_S)
@@ -80,9 +83,8 @@ class Lock:
         _HELD.append(self)
 
     def _write(self, beat: int) -> None:
-        text = json.dumps({**self._record, "beat": beat}) + "\n"
-        os.ftruncate(self.descriptor, len(text.encode()))
-        os.pwrite(self.descriptor, text.encode(), 0)
+        text = json.dumps({**self._record, "beat": beat}).encode()
+        os.pwrite(self.descriptor, text.ljust(self._length) + b"\n", 0)
         os.fsync(self.descriptor)
 
     def is_ours(self) -> bool:
@@ -157,11 +159,11 @@ def _take(path: Path, shown: Path, command: str) -> Lock:
             free, same = _flock(descriptor), _same(descriptor, path)
             record = read(path)
             owner = Owner.of(record)
-            if free and same:
-                if owner is None or owner.is_alive() is False or (owner.is_alive() is None and _stands_still(path)):
+            if free is not False and same:
+                if owner is None or _is_dead(owner, path, free is True):
                     return Lock(path, shown, command, os.dup(descriptor), made)
                 raise _in_use(shown, record)
-            if not free and same:
+            if free is False and same:
                 if owner is not None and owner.is_alive() is not False:
                     raise _in_use(shown, record)
                 # Its last processes are ending, or it has not written its record yet.
@@ -183,13 +185,13 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
-def _flock(descriptor: int) -> bool:
-    """Whether this descriptor has the lock now; True too where the file system has none."""
+def _flock(descriptor: int) -> bool | None:
+    """Whether this descriptor has the lock now; None where the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return True
+            return None
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         raise
@@ -204,10 +206,19 @@ def _same(descriptor: int, path: Path) -> bool:
         return False
 
 
+def _is_dead(owner: Owner, path: Path, flocked: bool) -> bool:
+    """Whether nobody holds the lock any more, though the record names this owner. flocked: whether flock is ours now."""
+    if flocked and is_local(path):
+        return True  # flock says all: the record is a dead process's, or has come with a copy of a directory in use
+    # Machines can share a name: only of one that has not started anew since can a process be told from here.
+    alive = owner.is_alive() if owner.boot == Owner.this().boot else None
+    if alive is False or (alive and not flocked):
+        return not alive
+    return _stands_still(path)
+
+
 def _stands_still(path: Path) -> bool:
-    """Whether a record of another machine is not renewed. At once where flock says it: nobody else can hold it."""
-    if _is_local(path):
-        return True
+    """Whether the record is not renewed."""
     before, until = read(path), time.monotonic() + STALE_S
     while time.monotonic() < until:
         time.sleep(min(1.0, STALE_S / 4))
@@ -216,7 +227,7 @@ def _stands_still(path: Path) -> bool:
     return True
 
 
-def _is_local(path: Path) -> bool:
+def is_local(path: Path) -> bool:
     """Whether the file system is one of this machine alone."""
     place, kind = "", ""
     with contextlib.suppress(OSError), open("/proc/self/mountinfo") as mounts:

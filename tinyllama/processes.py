@@ -146,30 +146,65 @@ def guarded(environment: Mapping[str, str] | None = None, keep: Sequence[int] = 
         yield given
         return
     mark = secrets.token_hex(16)
-    text = f"PID = {os.getpid()}\nMARK = {mark.encode()!r}\n{GUARDIAN.read_text()}".encode()
-    # Its command line names nothing of ours, so that who kills by a name does not kill the guardian too.
-    command = [sys.executable, "-I", "-S", "-c", f"import sys; exec(sys.stdin.buffer.read({len(text)}))"]
-    guardian = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        pass_fds=keep,
-        start_new_session=True,
-    )
-    assert guardian.stdin is not None
-    guardian.stdin.write(text)
-    guardian.stdin.flush()
     given[FAMILIES] = ",".join(filter(None, (given.get(FAMILIES), mark)))
     given["SPT_NOENV"] = "1"  # vLLM's names for its processes would be written over the environment that tells them
+    guardian = _Guardian(mark, keep)
     try:
         yield given
     finally:
+        guardian.close()
+
+
+class _Guardian:
+    """The process that ends a family with this one; another where it is killed itself."""
+
+    def __init__(self, mark: str, keep: Sequence[int]) -> None:
+        self._keep, self._closing, self._mutex = keep, False, threading.Lock()
+        self._text = f"PID = {os.getpid()}\nMARK = {mark.encode()!r}\n{GUARDIAN.read_text()}".encode()
+        self._process = self._start()
+        threading.Thread(target=self._replace, name="guardian", daemon=True).start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Its command line names nothing of ours, so that who kills by a name does not kill the guardian too.
+        code = f"import sys; exec(sys.stdin.buffer.read({len(self._text)}))"
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            pass_fds=self._keep,
+            start_new_session=True,
+        )
+        self._tell(process, self._text)
+        return process
+
+    @staticmethod
+    def _tell(process: subprocess.Popen[bytes], text: bytes) -> None:
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
-            guardian.stdin.close()
+            process.stdin.write(text)
+            process.stdin.flush()
+
+    def _replace(self) -> None:
+        while True:
+            self._process.wait()
+            time.sleep(POLL_S)
+            with self._mutex:
+                if self._closing:
+                    return
+                self._process = self._start()
+
+    def close(self) -> None:
+        """End the family; waits for it."""
+        with self._mutex:
+            self._closing = True
+            self._tell(self._process, b"\n")  # a fork of ours may hold this end too, so closing it may not do
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            guardian.wait(CLOSE_S)
+            self._process.wait(CLOSE_S)
 
 
 _GUARDS: list[Any] = []

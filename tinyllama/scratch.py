@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyllama import locks
 from tinyllama.processes import Owner
 
 OWNER = ".owner"
@@ -44,5 +45,10 @@ def clear(prefix: str, where: Path) -> None:
             if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
                 with contextlib.suppress(OSError, ValueError):
                     owner = Owner.of(json.loads((path / OWNER).read_text()))
-                    if owner and owner.is_alive() is False and path.stat().st_uid == os.getuid():
+                    if owner and _is_dead(owner, path) and path.stat().st_uid == os.getuid():
                         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_dead(owner: Owner, path: Path) -> bool:
+    """Whether the process is known to be: where machines share the file system, another may have the name of this one."""
+    return owner.is_alive() is False and (owner.boot == Owner.this().boot or locks.is_local(path))

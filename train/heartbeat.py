@@ -8,10 +8,10 @@ process is gone ends the others in the same way, at once instead of after their 
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tinyllama.processes import Owner
 
 HUNG = 76
 ENDED = "ended"
@@ -43,7 +45,7 @@ def read(run: Path, rank: int, token: str | None = None) -> dict[str, Any]:
         found = json.loads(heartbeat_file(run, rank).read_bytes())
     except (OSError, ValueError):
         return {}
-    whole = isinstance(found, dict) and {"rank", "pid", "host", "phase", "step", "time"} <= found.keys()
+    whole = isinstance(found, dict) and {"rank", "phase", "step", "time"} <= found.keys() and Owner.of(found)
     return found if whole and token in (None, found.get("run")) else {}
 
 
@@ -62,7 +64,7 @@ class Heartbeat:
         self.pauses: dict[tuple[str, int], Callable[[], None]] = {}  # by phase and step; see train/injection.py
         self.token = ""
         self._descriptor: int | None = None
-        self._fixed: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "host": platform.node()}
+        self._fixed: dict[str, Any] = {"rank": rank, **dataclasses.asdict(Owner.this())}
 
     def start(self, token: str) -> None:
         """Create the file, of the run that `token` names. Before this a beat is nothing."""
@@ -150,7 +152,7 @@ class Watchdog:
 
     def _is_looked_at(self, seen: dict[str, Any], idle_s: float) -> bool:
         """Other hosts' ranks only when those here stand still: all files for all ranks are too many for a file system."""
-        return not seen or seen["host"] == platform.node() or idle_s > self.limit_s / 2
+        return not seen or _is_here(seen) or idle_s > self.limit_s / 2
 
     def _behind(self) -> str:
         """Where the ranks stand, the one that has been still for longest first: the others wait for it."""
@@ -162,7 +164,7 @@ class Watchdog:
         if self.rank == min((beat["rank"] for beat in self._seen if beat and not _is_gone(beat)), default=self.rank):
             print(f"error: {why}; stacks in {self.run / 'stacks'}", file=sys.stderr, flush=True)
         time.sleep(GRACE_S)
-        here = [beat for beat in self._seen if beat and beat["host"] == platform.node() and not _is_gone(beat)]
+        here = [beat for beat in self._seen if beat and _is_here(beat) and not _is_gone(beat)]
         stuck = [str(beat["pid"]) for beat in here if not stack_file(self.run, beat["rank"]).exists()]
         if stuck:
             # Ranks that could not even write their stacks will not end by themselves, and the launcher waits for them.
@@ -180,12 +182,15 @@ class Watchdog:
             faulthandler.dump_traceback(stream, all_threads=True)
 
 
+def _is_here(beat: dict[str, Any]) -> bool:
+    """Whether a rank's process can be told, and ended, from here. Machines and containers can share a name."""
+    this = Owner.this()
+    return (beat["host"], beat["boot"], beat["pids"]) == (this.host, this.boot, this.pids)
+
+
 def _is_gone(beat: dict[str, Any]) -> bool:
     """Whether a rank of this machine has no process any more, without having ended by itself."""
-    if not beat or beat["host"] != platform.node() or beat["phase"] == ENDED:
+    if not beat or beat["phase"] == ENDED or not _is_here(beat):
         return False
-    try:
-        state = Path(f"/proc/{beat['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"
+    owner = Owner.of(beat)
+    return owner is not None and owner.is_alive() is False

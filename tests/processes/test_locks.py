@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -99,24 +100,29 @@ def test_a_file_that_says_nothing_is_nobodys(tmp_path, record):
     locks.take(locks.inside(tmp_path), tmp_path, "ours").close()
 
 
-def test_another_machine_is_believed_as_long_as_its_record_is_renewed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"boot": "of another with this name"}, {"pids": "pid:[1]"}])
+def test_another_machine_is_believed_as_long_as_its_record_is_renewed(tmp_path, monkeypatch, other):
     """On a file system where flock says nothing of other machines."""
     path = locks.inside(tmp_path)
-    monkeypatch.setattr(locks, "_is_local", lambda path: False)
+    monkeypatch.setattr(locks, "is_local", lambda path: False)
     monkeypatch.setattr(locks, "STALE_S", 0.4)
     monkeypatch.setattr(locks, "SETTLE_S", 0.1)
-    write(path, pid=1, boot="before")
-    locks.take(path, tmp_path, "ours").close()  # this machine has started anew since
-    write(path, host="elsewhere")
+    write(path, pid=1, boot="before")  # this machine has started anew since, or another has its name
     locks.take(path, tmp_path, "ours").close()
-    write(path, host="elsewhere")
+    write(path, ticks=1)  # dead: flock and the record of this machine say so at once
+    monkeypatch.setattr(locks, "STALE_S", 600)
+    locks.take(path, tmp_path, "ours").close()
+    monkeypatch.setattr(locks, "STALE_S", 0.4)
+    write(path, **other)
+    locks.take(path, tmp_path, "ours").close()
+    write(path, **other)
     looked = threading.Event()
     read = locks.read
 
     def renewed(at: Path) -> dict:
         found = read(at)
         if looked.is_set():
-            write(at, host="elsewhere", beat=found["beat"] + 1)
+            write(at, **other, beat=found["beat"] + 1)
         looked.set()
         return found
 
@@ -125,9 +131,39 @@ def test_another_machine_is_believed_as_long_as_its_record_is_renewed(tmp_path, 
         locks.take(path, tmp_path, "ours")
 
 
+def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    with locks.held(locks.inside(folder), folder, "the holder") as lock:
+        shutil.copytree(folder, copy)
+        with locks.held(locks.inside(copy), copy, "another"):
+            assert lock.is_ours()
+            with pytest.raises(locks.InUseError, match="the holder"):
+                locks.take(locks.inside(folder), folder, "another")
+
+
+def test_where_there_is_no_flock_the_record_of_a_living_process_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_flock", lambda descriptor: None)
+    monkeypatch.setattr(locks, "SETTLE_S", 0.1)
+    path = locks.inside(tmp_path)
+    write(path)
+    with pytest.raises(locks.InUseError, match="theirs"):
+        locks.take(path, tmp_path, "ours")
+    write(path, ticks=1)
+    locks.take(path, tmp_path, "ours").close()
+
+
+def test_the_record_can_be_read_while_it_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT_S", 0.0005)
+    locks.inside(tmp_path).write_bytes(b"x" * 2000)  # of something longer
+    with locks.held(locks.inside(tmp_path), tmp_path, "ours") as lock:
+        found = [locks.read(lock.path) for _ in range(2000)]
+        assert all(record.get("token") == lock.token for record in found)
+        assert found[-1]["beat"] > 10
+
+
 def test_of_two_machines_at_the_same_moment_the_last_writer_has_it(tmp_path, monkeypatch):
     path = locks.inside(tmp_path)
-    monkeypatch.setattr(locks, "_is_local", lambda path: False)
+    monkeypatch.setattr(locks, "is_local", lambda path: False)
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: write(path, host="elsewhere"))
     with pytest.raises(locks.InUseError, match="theirs"):
         locks.take(path, tmp_path, "ours")
@@ -142,5 +178,5 @@ def test_what_cannot_be_locked_is_one_line(tmp_path):
 
 
 def test_the_file_system_is_told_by_its_mount():
-    assert locks._is_local(Path("/dev/shm/x")) or not os.path.ismount("/dev/shm")
-    assert not locks._is_local(Path("/proc/x"))
+    assert locks.is_local(Path("/dev/shm/x")) or not os.path.ismount("/dev/shm")
+    assert not locks.is_local(Path("/proc/x"))

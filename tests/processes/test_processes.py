@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, members, until
@@ -33,6 +35,17 @@ with guarded() as environment:
 """
 
 
+def guardians(mark: str) -> list[int]:
+    """Those that have begun their work, and leave SIGTERM alone."""
+    found = []
+    for pid in members(mark):
+        with contextlib.suppress(OSError):
+            ignored = Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0]
+            if b"exec(sys.stdin" in Path(f"/proc/{pid}/cmdline").read_bytes() and int(ignored, 16) >> 14 & 1:
+                found.append(pid)
+    return found
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
 def test_a_family_ends_with_its_head(number):
     mark = f"TINYLLAMA_TEST_{os.getpid()}_{number}"
@@ -43,6 +56,12 @@ def test_a_family_ends_with_its_head(number):
     try:
         assert head.stdout.readline() == head.stdout.readline() == "1\n"  # all have begun
         assert len(members(mark)) == 4  # head, guardian, child, orphan
+        if number == signal.SIGKILL:  # the guardian can be killed too: there is another at once
+            assert until(lambda: guardians(mark))
+            (guardian,) = guardians(mark)
+            os.kill(guardian, number)
+            assert until(lambda: guardians(mark) not in ([], [guardian]))
+            assert len(members(mark)) == 4
         head.send_signal(number)
         head.wait(10)
         assert until(lambda: not members(mark))

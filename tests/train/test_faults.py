@@ -1,4 +1,4 @@
-"""The fault campaign in short: a rank killed in its backward pass, a corrupted newest checkpoint, a NaN."""
+"""The fault campaign in short: ranks and commands that are killed or stopped, a second command, a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ def test_a_disturbed_run_ends_as_the_undisturbed_one(stores, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "faults.json").read_text())
-    assert [fault["kind"] for fault in found["faults"]] == ["SIGKILL", "corrupt", "nan"]
+    codes = {fault["kind"]: fault["exit_code"] for fault in found["faults"]}
+    assert codes == {
+        "SIGKILL": 76,
+        "corrupt": 75,
+        "SIGTERM while starting": 75,
+        "second command": 75,
+        "SIGKILL to the command": -9,
+        "nan": 70,
+    }
+    assert [fault["refused"] for fault in found["faults"] if fault["kind"] == "second command"] == [[2, 2, 2, 2]]
+    assert not any(fault["left"] for fault in found["faults"])
     assert found["kills_in_the_phase_aimed_at"] == found["kills"] == 1
     assert found["broken_checkpoints_skipped"] == 1
     assert found["comparison"]["checkpoints_compared"] >= 10

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evalsuite.scores import PUBLISHED, Model
 from evalsuite.suites import BENCHMARKS, SUITE_TITLES
-from tinyllama.data.durable import write_text
+from tinyllama.data.durable import refuse_foreign, write_text
 from tinyllama.errors import MissingExtraError, UserError
 from tinyllama.units import SHARE
 
@@ -90,6 +90,7 @@ def write(report: Report, path: Path, curve: bool = False) -> None:
         raise MissingExtraError("matplotlib", "report")
     from tinyllama.report import drawing
 
+    refuse_foreign(path, drawing.is_file, "a picture of ours")
     write_text(path, [drawing.svg(picture(report, curve), "light", notes=True)])
 
 

@@ -25,7 +25,7 @@ from evalsuite.files import write_json, write_json_lines
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
 from evalsuite.suites import Benchmark
 from tinyllama import locks, scratch
-from tinyllama.data.durable import refuse_unwritable
+from tinyllama.data.durable import refuse_foreign, refuse_unwritable
 from tinyllama.errors import UserError, nearest
 from tinyllama.export import TALKATIVE
 from tinyllama.units import lower_is_better
@@ -239,6 +239,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], folde
         Sandbox.shared()
     path = request.output / "results.json"
     before = _read_old(path)
+    refuse_foreign(request.output / "table.md", lambda text: text.startswith("## "), "tinyllama eval's")
     if request.resume and before.get("tasks") and before.get("protocol") != request.protocol:
         raise UserError(
             f"{path} is of protocol {before.get('protocol')}, this is {request.protocol}", fix="give another --output"

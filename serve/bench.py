@@ -22,7 +22,7 @@ from serve.engine import Batch, Engine, EngineConfig
 from serve.hardware import NO_LIMITS, Limits, Peak
 from serve.prompts import read_text
 from serve.source import Source
-from tinyllama.data.durable import write_text
+from tinyllama.data.durable import has_format, refuse_foreign, write_text
 from tinyllama.errors import ConfigError, UserError
 from tinyllama.model.config import ModelConfig
 
@@ -358,6 +358,12 @@ def header(source: Source, resolved: dict[str, Any], workload: Workload) -> dict
         "throughput": [],
         "latency": {"samples": {}},
     }
+
+
+def refuse_to_replace(output: Path) -> None:
+    """DataError where DIR/bench.json or DIR/table.md is none of ours."""
+    refuse_foreign(output / "bench.json", lambda text: has_format(text, FORMAT.rpartition("-")[0]), "tinyllama serve's")
+    refuse_foreign(output / "table.md", lambda text: text.startswith("## "), "tinyllama serve's")
 
 
 def write_bench(bench: dict[str, Any], output: Path) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.bench import Measurement, Workload, header, measure, write_bench
+from serve.bench import Measurement, Workload, header, measure, refuse_to_replace, write_bench
 from serve.hardware import NO_LIMITS, Limits
 from serve.online import OnlineWorkload, Sweep
 from serve.source import Source
@@ -64,6 +64,7 @@ class Job:
         """Measure all of it; returns what bench.json holds. UserError, online.ServerDied."""
         from serve.engine import importable_vllm, vllm_log
 
+        refuse_to_replace(self.target)
         with importable_vllm(), local_traffic(), vllm_log(self.log) as terminal, progress(terminal) as shown:
             return _Run(self, shown).run()
 

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama.errors import UserError
+from tinyllama.data.durable import refuse_foreign
+from tinyllama.errors import DataError, UserError
 
 STOPPED_BY_SIGNAL = 75
 # What is measured of serving; the short form goes with a limit on the items of the evaluation.
@@ -119,6 +120,13 @@ def demo_vocab_size() -> int:
     return recipe.load_recipe("demo").model.vocab_size
 
 
+def _are_steps(text: str) -> bool:
+    try:
+        return all("seconds" in step for step in json.loads(text).values())
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        return False
+
+
 def _read_steps(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -134,6 +142,11 @@ def run(output: Path, *, tokenizer: Path | None, ranks: int, settings: Sequence[
     console = Console(highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     record_path = output / "steps.json"
+    refuse_foreign(record_path, _are_steps, "that of tinyllama demo")
+    if not record_path.exists() and any(output.iterdir()):
+        raise DataError(f"{output} holds other files", fix="give a new folder as --output")
+    if not record_path.exists():
+        record_path.write_text("{}\n")
     done, key = _read_steps(record_path), ""
     steps = plan(output, tokenizer, ranks, settings, limit)
     for number, step in enumerate(steps, 1):

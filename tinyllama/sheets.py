@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
         from rich.console import Console
 
-        from tinyllama.data.durable import write_text
+        from tinyllama.data.durable import refuse_foreign, write_text
 
         if form == "table":
             stream = io.StringIO()  # a file has no width of its own
@@ -54,9 +54,22 @@ class Comparison(NamedTuple):
         else:
             shown = self.text(form)
         if output:
+            refuse_foreign(output, lambda old: _alike(old, shown), "an earlier version of this comparison")
             write_text(output, [shown])
         else:
             print(shown, end="")
+
+
+def _alike(old: str, new: str) -> bool:
+    """Whether two texts are comparisons in one form: by the title or the headings, or by the format of JSON."""
+    import json
+
+    from tinyllama.data.durable import has_format
+
+    if new.startswith("{"):
+        return has_format(old, json.loads(new)["format"].rpartition("-")[0])
+    first, second = (text.lstrip("\ufeff\n").partition("\n")[0].strip() for text in (old, new))
+    return first == second
 
 
 def print_sheets(sheets: Sequence[Sheet], console: Console) -> None:

@@ -7,6 +7,7 @@ Nothing is written. ConfigError, DataError and CheckpointError say what, the val
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama import checkpoint
+from tinyllama.data.durable import refuse_foreign
 from tinyllama.data.loader import HeldOut, Mixture
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import CheckpointError, ConfigError, MissingExtraError
@@ -68,6 +70,24 @@ def check_output(run: Path) -> None:
             raise ConfigError(
                 f"{path} cannot be written", fix="remove it, grant write permission, or give another --output"
             )
+    # An export has a config.json, too, without which its weights are lost.
+    refuse_foreign(run / "config.json", _is_config, "that of a training run")
+    refuse_foreign(run / "metrics.jsonl", _is_metrics, "that of a training run")
+
+
+def _is_config(text: str) -> bool:
+    try:
+        return "recipe" in json.loads(text)
+    except (ValueError, RecursionError, TypeError):
+        return False
+
+
+def _is_metrics(text: str) -> bool:
+    """By the first line: the last one may be cut short."""
+    try:
+        return "step" in json.loads(text.partition("\n")[0])
+    except (ValueError, RecursionError, TypeError):
+        return not text.strip("\0") or "\n" not in text
 
 
 def _check_folder(folder: Path) -> None:

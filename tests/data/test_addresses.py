@@ -138,6 +138,9 @@ def test_members_of_archives(folder):
         assert [list(Reader(file)) for file in found] == [["one", "two"]] * len(found)
     with pytest.raises(DataError, match=r"zip://no\.jsonl::.* does not exist"):
         find_inputs([f"zip://no.jsonl::{folder}/z.zip"])
+    for other in (f"zip://x.jsonl::file://{folder}/z.zip", f"zip://x.jsonl::{folder}/../{folder.name}/z.zip"):
+        with pytest.raises(DataError, match="is given twice"):
+            find_inputs([f"zip://x.jsonl::{folder}/z.zip", other])
     with pytest.raises(DataError, match=r"missing\.zip"):
         find_inputs([f"zip://x.jsonl::{folder}/missing.zip"])
 

@@ -74,6 +74,34 @@ def test_a_folder_of_texts_keeps_its_sources(tmp_path):
     assert find_inputs([tmp_path / "README.md"])  # who names it, means it
 
 
+def test_names_of_documents_may_sound_like_names_about_the_data(tmp_path):
+    """security.stackexchange.com is a site; a package's __init__.py is code. Records are never about themselves."""
+    records = ["security.stackexchange.com.jsonl", "changes-2020.jsonl", "README.jsonl", "license.jsonl", "__a.jsonl"]
+    texts = ["pkg/__init__.py", "pkg/security.py", "changes-of-1999.txt", "notice_of_leave.md", "authors/x.txt"]
+    for folder, names in (("records", records), ("texts", texts)):
+        for name in (*names, "LICENSE-MIT", "README_zh.md", "SECURITY.md", "__pycache__/x.py", "__MACOSX/x.jsonl"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(LINES)
+        assert [file.name for file in find_inputs([tmp_path / folder])] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.html", "<!DOCTYPE html><p>x"), ("a.php", "<html><?php"), ("a.svg", "<?xml version='1.0'?>"), ("a.xml", "<?xml"),
+     ("a.js", '{"use strict"}'), ("a.wiki", "[[A link]]"), ("plain", "words"), ("notes.log", "[1] first")],
+)  # fmt: skip
+def test_texts_of_other_suffixes_are_read_where_they_are_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert list(Reader(*find_inputs([tmp_path / name]))) == [content]
+
+
+@pytest.mark.parametrize("content", ['{"text": "x"}', '{"a\\"b" : 1}', "[", '["x"]', "{", "{}", '[[1], ["x"]]'])
+def test_json_of_no_suffix_is_no_text(tmp_path, content):
+    (tmp_path / "plain").write_text(content + "\n")
+    with pytest.raises(DataError, match="looks like JSON"):
+        find_inputs([tmp_path / "plain"])
+
+
 def test_one_file_by_two_ways_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     os.link(tmp_path / "a.jsonl", tmp_path / "hard.jsonl")

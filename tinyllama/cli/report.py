@@ -62,6 +62,7 @@ def report_command(
     refuse_unwritable(output)
     from tinyllama.report import build
 
+    build.refuse_to_replace(output)
     options = build.Options(quality, device, price_per_hour, prices)
     report = build.build(runs, options)
     written = build.write(report, output)

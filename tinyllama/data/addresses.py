@@ -6,6 +6,7 @@ them, for messages, logs and files; `identity` tells two files apart, and is the
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -68,8 +69,10 @@ def _shown_part(part: str) -> str:
 
 def identity(address: str) -> str:
     """What tells this file from any other: the same for every signature, user and fragment. Not to be shown."""
-    parts = []
+    parts: list[str] = []
     for part in address.split("::"):
+        if parts and ("://" not in part or part.startswith("file://")):
+            part = os.path.realpath(part.removeprefix("file://"))  # an archive of this machine
         protocol, separator, rest = part.partition("://")
         if separator and protocol in WITH_QUERY:
             path, _, query = rest.partition("#")[0].partition("?")

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,6 +73,29 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """DataError if there is a file of this name and it is not to be replaced: asked before work that takes long."""
     if not overwrite and os.path.lexists(path) and not path.is_dir():
         raise DataError(f"{path} exists", fix="give another --output, or --overwrite to replace it")
+
+
+def refuse_foreign(path: Path, is_ours: Callable[[str], bool], what: str) -> None:
+    """DataError if a file lies there that is not what a command writes (`what`), by its text: it would be lost."""
+    if not path.is_file():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "\0"  # no text, so none of ours
+    except OSError as error:
+        raise cannot_write(error, path) from None
+    if text.strip() and not is_ours(text):
+        raise DataError(f"{path} exists and is not {what}", fix="give another name, or move it away")
+
+
+def has_format(text: str, family: str) -> bool:
+    """Whether a text is JSON whose `format` begins so."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and str(value.get("format", "")).startswith(family)
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -17,16 +17,18 @@ SUFFIXES = (*LINE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
 # Data in forms that are not read: as text they would be nonsense.
 FOREIGN_SUFFIXES = (
     *(".json", ".csv", ".tsv", ".bz2", ".xz", ".lz4", ".gz", ".zst", ".zip", ".tar", ".tgz", ".7z"),
-    *(".arrow", ".feather", ".avro", ".orc", ".npy", ".bin", ".safetensors", ".html", ".htm", ".xml", ".pdf"),
+    *(".arrow", ".feather", ".avro", ".orc", ".npy", ".bin", ".safetensors", ".pdf"),
 )
 FIX = "give files or folders of .jsonl, .parquet or text"
 HEAD_BYTES = 1 << 12
-# Names of files about the data, in any folder, whatever their suffix.
+# Names of files about the data. Words that may also begin a document's name stand alone: CHANGES.md, changes-of-1999.txt.
 ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|changelog|changes|contributing|authors|code_of_conduct|security"
-    r"|data_?(set)?_?card|datasheet|requirements|checksums?|md5sums?|sha(1|256|512)sums?)([-_.].*)?",
+    r"((readme|licen[cs]e|copying|requirements|checksums?|md5sums?|sha(1|256|512)sums?)([-_.].*)?"
+    r"|(notice|citation|changelog|changes|contributing|authors|code_of_conduct|security|data_?(set)?_?card|datasheet)"
+    r"(\.[a-z]{1,4})?)",
     re.IGNORECASE,
 )
+HIDDEN_FOLDERS = ("__pycache__", "__MACOSX")  # besides those that begin with a dot
 # Beside records, these are loaders and descriptions.
 ABOUT_RECORDS = (".md", ".rst", ".py")
 _MAGIC = (
@@ -48,7 +50,8 @@ _MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer"),
 )
 _HTML = re.compile(rb"\s*<(!doctype\s+html|html|head|\?xml|error)\b", re.IGNORECASE)
-_JSON = re.compile(rb'\s*(\{\s*("|\}|$)|\[\s*(\{|"|\[|\]|$))')
+# An object's first key, or a list of values: `{"use strict"}` and `[[a link]]` are none.
+_JSON = re.compile(rb'\s*(\{\s*("([^"\\]|\\.)*"\s*:|\}\s*$|$)|\[\s*(\{\s*["}]|"|\[\s*["\[{\]\d-]|\]\s*$|$))')
 NAMES = {"gzip": ".jsonl.gz", "zstandard": ".jsonl.zst", "parquet": ".parquet", "JSON": ".jsonl"}
 
 

@@ -7,6 +7,7 @@ Decides which files of a folder are documents, and what each file is called. Rea
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from tinyllama.data.forms import (
     ABOUT,
     ABOUT_RECORDS,
     FIX,
+    HIDDEN_FOLDERS,
     SUFFIXES,
     contradiction,
     is_foreign,
@@ -41,12 +43,17 @@ def _version(info: dict[str, Any]) -> str:
     return repr(sorted(marks.items()))
 
 
+def _is_hidden_folder(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN_FOLDERS
+
+
 def _about(path: str) -> str | None:
-    """Why a file or folder below an input is no document, whatever its form; None if it may be one."""
-    name = path.rstrip("/").rpartition("/")[2]
-    if name.startswith((".", "__")):
+    """Why a file below an input is no document; None if it may be one, as every file of records or of Python may."""
+    name = path.rpartition("/")[2]
+    if name.startswith("."):
         return "hidden"
-    return "about the data" if ABOUT.fullmatch(name) else None
+    is_data = kind_of(name) in ("lines", "parquet") or name.lower().endswith(".py")
+    return "about the data" if not is_data and ABOUT.fullmatch(name) else None
 
 
 def _sift(below: Iterable[str], suffixes: tuple[str, ...], left_out: LeftOut, root: str) -> list[str]:
@@ -78,7 +85,7 @@ def _walk(root: Path, left_out: LeftOut) -> list[str]:
         if real in visited:
             raise DataError(f"{folder} is reached twice, by a link", fix="remove the link")
         visited.add(real)
-        hidden = [name for name in subfolders if name.startswith((".", "__"))]
+        hidden = [name for name in subfolders if _is_hidden_folder(name)]
         left_out["hidden"] += [f"{folder}/{name}/" for name in hidden]
         subfolders[:] = [name for name in subfolders if name not in hidden]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
@@ -169,7 +176,7 @@ def _find_remote(given: str, suffixes: tuple[str, ...], left_out: LeftOut) -> li
         ) from None
     base = root.rstrip("/") + "/" if root.strip("/") else ""
     below = {path.removeprefix(base).lstrip("/"): path for path in found}
-    hidden = {n for n in below if any(part.startswith((".", "__")) for part in n.split("/")[:-1])}
+    hidden = {n for n in below if any(map(_is_hidden_folder, n.split("/")[:-1]))}
     left_out["hidden"] += [f"{shown(given)}/{name}" for name in sorted(hidden)]
     kept = _sift((name for name in below if name not in hidden), suffixes, left_out, f"{shown(given)}/")
     return [_remote_input(given, with_path(given, below[n]), found[below[n]], n) for n in kept]
@@ -182,6 +189,8 @@ def _refuse_untold(file: InputFile) -> None:
     if is_foreign(file.name):
         raise DataError(f"{file.address} is of a form that is not read", fix=FIX)
     found = seen_in(file.head())
+    if found == "HTML" and re.search(r"\.[a-z]{1,5}$" if file.is_local else r"\.(html?|xml|svg)$", file.name.lower()):
+        return  # page.html, a program that begins with a page, a picture in SVG: what is named is meant
     if found != "text":
         what = contradiction(file.address, file.head(), "text") or f"{file.address} looks like {found}"
         raise DataError(
@@ -228,6 +237,8 @@ def find_inputs(
     found: list[InputFile] = []
     others: LeftOut = defaultdict(list)
     for given in map(str, inputs):
+        if not given.strip():
+            raise DataError(f"input {given!r} is no name", fix=FIX)  # an unset variable of a shell
         if given.startswith("file://") and "::" not in given:
             given = given.removeprefix("file://")
             given = unquote(given) if not os.path.lexists(given) else given

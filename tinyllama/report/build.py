@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.durable import write_text
+from tinyllama.data.durable import has_format, refuse_foreign, write_text
 from tinyllama.planner.prices import find_device, load_prices
 from tinyllama.report import curves, drawing, evaluation, inputs, metrics, page, pareto, serving, summary
 from tinyllama.report.picture import Section
@@ -138,8 +138,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def refuse_to_replace(output: Path) -> None:
+    """DataError where the HTML file, or the JSON beside it, would replace another file, such as an evaluation's results."""
+    marks = ("<!DOCTYPE html>", '<meta name="generator" content="tinyllama ')
+    refuse_foreign(output, lambda text: text.startswith(marks[0]) and marks[1] in text[:4096], "a report of ours")
+    family = FORMAT.rpartition("-")[0]
+    refuse_foreign(output.with_suffix(".json"), lambda text: has_format(text, family), "a report of ours")
+
+
 def write(report: Report, output: Path) -> list[Path]:
     """The HTML file and the JSON beside it; each appears whole."""
+    refuse_to_replace(output)
     beside = output.with_suffix(".json")
     texts = {
         output: page.html(report.title, report.lead, report.sections, report.created),
@@ -157,6 +166,7 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
         for picture in section.pictures:
             for theme in ("light", "dark"):
                 path = folder / f"{picture.key}-{theme}.svg"
+                refuse_foreign(path, drawing.is_file, "a picture of ours")
                 write_text(path, [drawing.svg(picture, "light" if theme == "light" else "dark")])
                 written.append(path)
     return written

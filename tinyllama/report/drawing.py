@@ -85,6 +85,14 @@ def svg(picture: Picture, theme: Literal["light", "dark"] | None = None, notes: 
     return _rewrite(stream.getvalue(), picture, theme, notes)
 
 
+def is_file(text: str) -> bool:
+    """Whether a text is such a file."""
+    head = text[:4096]
+    return (
+        head.startswith('<?xml version="1.0" encoding="utf-8"?>\n<svg') and "\n<title>" in head and "\n<desc>" in head
+    )
+
+
 def _draw(axes: Axes, picture: Picture) -> None:
     order = {entry: number for number, entry in enumerate(picture.entries)}
     _axis(axes, picture)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tinyllama import checkpoint
 from tinyllama.errors import ConfigError, UserError
-from tinyllama.model import stored
+from tinyllama.model import stored, tokenizer_files
 from tinyllama.model.config import HEAD, LLAMA_LIKE, ModelConfig, check_fields, decoder_tensors, llama_tensors
 
 RECORD = "tinyllama_export.json"
@@ -127,7 +127,7 @@ class ModelSource:
         stored.find_weights(folder)
         if tokenizer:
             size = raw.get("vocab_size")
-            stored.check_tokenizer(folder, size if type(size) is int else None)
+            tokenizer_files.check(folder, size if type(size) is int else None)
         self.record()
         _check_weights(folder, raw, ours)
 

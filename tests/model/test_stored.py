@@ -183,23 +183,82 @@ def test_every_cut_of_the_file_is_seen(model: Path):
         refusal(model)
 
 
-def test_two_sets_of_weights(whole: Path, sharded: Path, tmp_path: Path):
-    def both(name: str, first: Path, *files: str) -> Path:
-        directory = Path(shutil.copytree(first, tmp_path / name))
-        for file in files:
-            shutil.copy(whole / "model.safetensors", directory / file)
-        return directory
+def copies(first: Path, second: Path, directory: Path, *files: str) -> Path:
+    """The model `first`, and the single file of `second` under other names."""
+    shutil.copytree(first, directory)
+    for file in files:
+        shutil.copy(second / "model.safetensors", directory / file)
+    return directory
 
+
+def test_two_sets_of_weights(whole: Path, sharded: Path, tmp_path: Path):
+    other = Path(shutil.copytree(whole, tmp_path / "other"))
+    header, data = header_of(other / "model.safetensors")
+    write(other / "model.safetensors", header, data[:-1] + bytes([data[-1] ^ 1]))
     for name, directory in {
-        "single and shards": both("a", sharded, "model.safetensors"),
-        "single and another": both("b", whole, "consolidated.safetensors"),
-        "an extra shard": both("c", sharded, "model-00009-of-00009.safetensors"),
-        "pickles too": both("d", whole, "pytorch_model.bin"),
-        "half of the pickles too": both("e", sharded, "pytorch_model-00001-of-00002.bin"),
+        "single and shards": copies(sharded, other, tmp_path / "a", "model.safetensors"),
+        "single and another": copies(whole, other, tmp_path / "b", "model-new.safetensors"),
+        "an extra shard": copies(sharded, other, tmp_path / "c", "model-00009-of-00009.safetensors"),
+        "pickles too": copies(whole, other, tmp_path / "d", "pytorch_model.bin"),
+        "half of the pickles too": copies(sharded, other, tmp_path / "e", "pytorch_model-00001-of-00002.bin"),
     }.items():
         line = refusal(directory)
         assert "two sets of weights" in line, name
         assert "which one?" in line
+        assert line.count("differs") + line.count("cannot be read") == 1, line
+
+
+def test_the_same_weights_twice(whole: Path, sharded: Path, tmp_path: Path):
+    """As many models are published; transformers takes the single file of safetensors, and so is it here."""
+    for directory in (
+        copies(sharded, whole, tmp_path / "a", "model.safetensors"),
+        copies(whole, whole, tmp_path / "b", "model.fp32.safetensors", "consolidated.safetensors"),
+    ):
+        model_source.find(directory).check(ours=True)
+        assert stored.find_weights(directory).files == [directory / "model.safetensors"]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
+def test_safetensors_and_torch_format(model: Path, zipped: bool):
+    import torch
+    from safetensors.torch import load_file
+
+    def save(tensors: dict[str, torch.Tensor]) -> None:
+        torch.save(tensors, model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+
+    weights = load_file(model / "model.safetensors")
+    query, mask = "model.layers.1.self_attn.q_proj.weight", {"layers.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    tied = {"tied.weight": weights["lm_head.weight"]}
+    for same in (weights, {name: w.half() for name, w in weights.items()}, weights | mask | tied):
+        save(same)
+        model_source.find(model).check(ours=True)
+        assert stored.find_weights(model).files == [model / "model.safetensors"]
+    for words, different in {
+        f"{query} differs": weights | {query: weights[query] + 1e-6},
+        f"{query} has shape (16, 16) and (8, 16)": weights | {query: weights[query][:8]},
+        f"the second has no {query}": {name: w for name, w in weights.items() if name != query},
+        "the first has no more.weight": weights | {"more.weight": torch.ones(3, 3)},
+        "does not hold tensors by name": {"state": weights},
+    }.items():
+        save(different)
+        assert words in refusal(model)
+
+
+def test_what_was_not_downloaded_and_what_is_no_set_of_weights(model: Path):
+    """As full downloads, and those without torch's format, leave it."""
+    (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}')
+    (model / "pytorch_model.bin").write_bytes(POINTER)
+    for name in (
+        "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.Q4_K_M.gguf", "training_args.bin", "optimizer.pt",
+        "optimizer.bin", "rng_state.pth", "consolidated.00.pth", "original/consolidated.00.pth", "onnx/model.onnx",
+        "onnx/model.safetensors",
+    ):  # fmt: skip
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"x")
+    model_source.find(model).check(ours=True)
+
+
+def test_an_index_of_one_file(whole: Path, tmp_path: Path):
     only = tmp_path / "index-of-one"
     shutil.copytree(whole, only)
     names = dict.fromkeys(header_of(only / "model.safetensors")[0], "model.safetensors")

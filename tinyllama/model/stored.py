@@ -21,6 +21,10 @@ from tinyllama.errors import CheckpointError, ConfigError
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+OTHER_LAYOUTS = (
+    "consolidated.",
+    "consolidated-",
+)  # their authors' own names of tensors, which transformers never reads
 LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES, MAX_HEADER_BYTES = 1 << 30, 100_000_000  # the second is safetensors' own
 DTYPE_BITS = {
@@ -31,12 +35,6 @@ DTYPE_BITS = {
 FLOATS = ("F16", "BF16", "F32", "F64")
 # Old files hold the frequencies of RoPE too, which follow from the configuration.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json", "vocab.bpe",
-)  # fmt: skip
-WITHOUT_FILES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # bytes are their vocabulary
-SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 DOWNLOAD = "download it again (git lfs pull)"
 
 
@@ -109,42 +107,79 @@ class Weights:
 
 
 def find_weights(directory: Path) -> Weights:
-    """The weight files. CheckpointError for none, for files that are missing, and for two sets of weights."""
-    sets: list[Weights] = []
-    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
-        found = None
-        if os.path.lexists(directory / index):
-            names = _weight_map(directory / index)
-            found = Weights([directory / name for name in sorted(set(names.values()))], names)
-            sets.append(found)
-        if os.path.lexists(directory / single) and (found is None or directory / single not in found.files):
-            sets.append(Weights([directory / single], None))
-    known = {file.name for one in sets for file in one.files}
+    """The weight files, in the order of transformers: the single file, shards with their index, the same of torch's format.
+    CheckpointError for none, for files that are missing, and for another set that is not the same weights.
+    """
+    sets = _sets(directory)
+    listed = {file.name for one in sets for file in one.files}
     others = sorted(
-        path.name
+        path
         for pattern in ("*.safetensors", "pytorch_model*.bin")
         for path in directory.glob(pattern)
-        if path.name not in known
+        if path.name not in listed and not path.name.startswith(OTHER_LAYOUTS) and not _is_pointer(path)
     )
     if not sets:
         if others:
             raise CheckpointError(
-                f"{directory} has {others[0]}, but neither {SINGLE} nor {INDEX}",
+                f"{directory} has {others[0].name}, but neither {SINGLE} nor {INDEX}",
                 fix="give a complete Hugging Face directory",
             )
         raise CheckpointError(
             f"{directory} has a config.json but no weights", fix="give a complete Hugging Face directory"
         )
-    if len(sets) > 1 or others:
-        first, second = _called(sets[0]), _called(sets[1]) if len(sets) > 1 else others[0]
-        raise CheckpointError(
-            f"{directory} holds two sets of weights, {first} and {second}: which one?",
-            fix="move away the files that are not meant",
-        )
     for file in sets[0].files:
         if not file.is_file():
             raise CheckpointError(f"{file} does not exist", fix="give a complete Hugging Face directory")
+    for other in sets[1:] + [Weights([file], None) for file in others]:
+        _refuse_another(directory, sets[0], other, part=other.files[0] in others)
     return sets[0]
+
+
+def _sets(directory: Path) -> list[Weights]:
+    """Every set of weights of a directory. In torch's format one that was not downloaded is none beside safetensors."""
+    found: list[Weights] = []
+    for single, index in ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)):
+        names = _weight_map(directory / index) if os.path.lexists(directory / index) else None
+        shards = None if names is None else Weights([directory / name for name in sorted(set(names.values()))], names)
+        if shards and directory / single in shards.files and len(shards.files) > 1:
+            raise CheckpointError(
+                f"{directory / index} lists {single} among its files, which transformers reads alone",
+                fix="download it again",
+            )
+        if os.path.lexists(directory / single) and (shards is None or directory / single not in shards.files):
+            found.append(Weights([directory / single], None))
+        if shards:
+            found.append(shards)
+    return found[:1] + [one for one in found[1:] if one.safetensors or not all(map(_is_absent, one.files))]
+
+
+def _refuse_another(directory: Path, chosen: Weights, other: Weights, part: bool) -> None:
+    """Refuse a second set of weights unless it is the same as the chosen one."""
+    from tinyllama.model.duplicates import difference
+
+    here = [file for file in other.files if not _is_absent(file)]
+    differs = "files of the second are missing"
+    if here and (len(here) == len(other.files) or not other.safetensors):
+        differs = difference(chosen.files, here, part=part or len(here) < len(other.files)) or ""
+    if differs:
+        raise CheckpointError(
+            f"{directory} holds two sets of weights, {_called(chosen)} and {_called(other)}: which one? ({differs})",
+            fix="move away the files that are not meant",
+        )
+
+
+def _is_absent(file: Path) -> bool:
+    """Whether a file was not downloaded."""
+    return not file.is_file() or _is_pointer(file)
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether it is what git leaves where the content was not downloaded."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def _called(weights: Weights) -> str:
@@ -176,7 +211,7 @@ def headers(file: Path) -> dict[str, Stored]:
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(f"{file} is corrupt ({what})", fix="export the model again, or download it again")
 
-    size = _checked_size(file)
+    size = checked_size(file)
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -219,7 +254,7 @@ def _counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _checked_size(file: Path) -> int:
+def checked_size(file: Path) -> int:
     """Bytes of a file that has any, and is not what git leaves where the content was not downloaded."""
     try:
         size = file.stat().st_size
@@ -319,7 +354,7 @@ def check_quantized(directory: Path, expected: Shapes) -> None:
 
 def _check_pickle(file: Path) -> None:
     """Refuse what torch.load could not: its archives are zip files, older ones pickles."""
-    _checked_size(file)
+    checked_size(file)
     with open(file, "rb") as stream:
         start = stream.read(2)
     if not (start[:1] == b"\x80" or (start == b"PK" and zipfile.is_zipfile(file))):
@@ -353,35 +388,3 @@ def check_shapes(
                 f"{where}: unexpected tensor {name}, which a model of this configuration does not have",
                 fix="use the configuration that the weights were trained with; only plain Llama models are supported",
             )
-
-
-def check_tokenizer(directory: Path, vocab_size: int | None) -> None:
-    """Refuse a directory without a tokenizer, with a damaged one, or with one of a larger vocabulary than the model's.
-
-    tokenizer.json and the small files beside it are read; of others only that they have content.
-    """
-    settings = {name: read_object(directory / name) for name in SETTINGS if os.path.lexists(directory / name)}
-    present = [name for name in TOKENIZERS if os.path.lexists(directory / name)]
-    kind = settings.get("tokenizer_config.json", {}).get("tokenizer_class")
-    if not present and kind not in WITHOUT_FILES:
-        raise ConfigError(
-            f"{directory} has no tokenizer (neither tokenizer.json nor tokenizer.model)",
-            fix="export the model again, or save its tokenizer there",
-        )
-    for name in present:
-        _checked_size(directory / name)
-    if "tokenizer.json" not in present:
-        return
-    path = directory / "tokenizer.json"
-    model = read_object(path).get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list) or not vocabulary:
-        raise ConfigError(f"{path} is no tokenizer: it has no vocabulary", fix="save the model's tokenizer there")
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    if not all(type(number) is int for number in ids):
-        raise ConfigError(f"{path}: an id of its vocabulary is no number", fix="save the model's tokenizer there")
-    if vocab_size is not None and max(ids) >= vocab_size:
-        raise ConfigError(
-            f"{path} has ids up to {max(ids)}, the model's vocab_size is {vocab_size}",
-            fix="save the tokenizer there that the model was trained with",
-        )

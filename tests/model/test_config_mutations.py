@@ -90,6 +90,19 @@ def test_two_changes_at_once(model: Path):
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, 5e5),
         ({"rope_scaling": {"rope_theta": 5e5}, "rope_parameters": None}, 5e5),
         ({"rope_parameters": {}}, 1e4),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default"}}, 5e5),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "default"},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            5e5,
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            None,
+        ),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, None),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, None),
         ({"rope_theta": 1e4, "rope_scaling": {"rope_theta": 5e5}, "rope_parameters": None}, None),

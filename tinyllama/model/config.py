@@ -246,24 +246,36 @@ def _short(value: Any) -> str:
 
 
 def _rope(raw: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[Any]]:
-    """RoPE's parameters and its base, as often as it is there: at the root, and in `rope_parameters` (or, as older files
-    call it, `rope_scaling`). Where they differ, some programs take the first and transformers the second: refused.
+    """RoPE's parameters and its base, as often as it is there: at the root, in `rope_parameters` and in `rope_scaling`, as
+    older files call it. Where they differ, some programs take the first and transformers the second: refused.
     """
-    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
-    if scaling and parameters and scaling != parameters:
-        raise ConfigError(f"{where}: rope_scaling and rope_parameters differ: which one?", fix="leave one of them out")
-    rope = scaling or parameters or {}
+    scaling, parameters = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    rope = scaling or parameters
+    places = (raw, scaling, parameters)
+    if scaling and parameters:
+        differ = _without_theta(scaling) != _without_theta(parameters)
+        # transformers takes the first, and the base from there or the root.
+        if differ or ("rope_theta" in parameters and not any("rope_theta" in place for place in places[:2])):
+            raise ConfigError(
+                f"{where}: rope_scaling and rope_parameters differ: which one?", fix="leave one of them out"
+            )
     words, allowed = FIELDS["rope_theta"]
-    found = [place["rope_theta"] for place in (raw, rope) if "rope_theta" in place]
+    found = [place["rope_theta"] for place in places if "rope_theta" in place]
     for theta in found:
         if theta is None or not allowed(theta):
             raise ConfigError(f"{where}: rope_theta={_short(theta)} is not {words}", fix="correct it")
     if len(set(found)) > 1:
+        one, other = list(dict.fromkeys(found))[:2]
         raise ConfigError(
-            f"{where}: rope_theta={found[0]} and rope_parameters.rope_theta={found[1]}: which one?",
+            f"{where}: rope_theta={one} and rope_parameters.rope_theta={other}: which one?",
             fix="make them the same; transformers takes the second",
         )
     return rope, found
+
+
+def _without_theta(rope: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's other parameters, by their newer names."""
+    return {"rope_type" if key == "type" else key: value for key, value in rope.items() if key != "rope_theta"}
 
 
 def _rope_theta(raw: dict[str, Any], where: Path) -> float:

@@ -111,7 +111,7 @@ def _indexed_definitions(benchmark: Benchmark) -> list[Definition]:
     found = _members(benchmark.lm_eval_name, {})
     if not found:
         raise UserError(f"lm-eval's {benchmark.lm_eval_name!r} has no tasks", fix="name its tasks one by one")
-    return found
+    return [leaf for number, leaf in enumerate(found) if leaf not in found[:number]]  # one listed twice is asked once
 
 
 def _members(name: Any, changes: dict[str, Any]) -> list[Definition]:

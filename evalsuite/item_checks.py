@@ -18,10 +18,13 @@ from typing import Any
 
 from evalsuite.names import short
 from evalsuite.rows import Rows
+from evalsuite.task_config import GENERATED, HANDED_ON, METRICS
 from tinyllama.errors import UserError
 
 TEMPLATES = 1024  # kept compiled
 MULTIPLE_CHOICE = "multiple_choice"
+# Metrics of generated text that are computed over all items at the end, from one answer of each.
+OF_ONE_ANSWER = {*METRICS[GENERATED], *HANDED_ON[GENERATED]} - {"exact_match"}
 
 
 def reason(error: BaseException) -> str:
@@ -64,6 +67,15 @@ def _fields(template: str) -> frozenset[str]:
     from jinja2 import meta
 
     return frozenset(meta.find_undeclared_variables(_strict().parse(template)))
+
+
+def _is_floated(given: Any, read: Any) -> bool:
+    """Whether a whole number, somewhere in what a row gave, was read as a float."""
+    if isinstance(read, list) and isinstance(given, list):
+        return any(map(_is_floated, given, read))
+    if isinstance(read, dict) and isinstance(given, dict):
+        return any(_is_floated(inner, read.get(name)) for name, inner in given.items())
+    return isinstance(read, float) and isinstance(given, int)
 
 
 class _WrongError(Exception):
@@ -115,12 +127,18 @@ class ItemChecks:
         if not docs:
             raise UserError(f"{self.tables[self.split].path}: process_docs leaves no rows", fix="correct it")
         items = [self._item(doc, self.split, index, self.config.process_docs) for index, doc in enumerate(docs)]
-        numbered = isinstance(items[0].text, int)
+        listed, numbered = isinstance(items[0].target, list), isinstance(items[0].text, int)
         for index, item in enumerate(items):
             if isinstance(item.text, int) != numbered:
                 kinds = ("text", "a number") if numbered else ("a number", "text")
                 error = _WrongError(
                     "doc_to_text", f"{short(item.text)} is {kinds[0]}, that of the first item {kinds[1]}"
+                )
+                raise self._error(self.split, index, self.config.process_docs, error)
+            if isinstance(item.target, list) != listed and not callable(self.config.process_results):
+                kinds = ("no list", "a list") if listed else ("a list", "no list")
+                error = _WrongError(
+                    "doc_to_target", f"{short(item.target)} is {kinds[0]}, that of the first item {kinds[1]}"
                 )
                 raise self._error(self.split, index, self.config.process_docs, error)
         return items
@@ -176,10 +194,24 @@ class ItemChecks:
             target = self._value("doc_to_target", self.task.doc_to_target, doc)
             self._check_text(text, choices)
             self._check_target(target, choices, doc)
+            self._check_equal_choices(target, choices)
             self._description(doc)
+            if process_docs is None and split in self.tables:
+                self._check_numbers(self.tables[split].rows[index], doc)
         except _WrongError as error:
             raise self._error(split, index, process_docs, error) from None
         return Item(text, None if choices is None else tuple(choices), target)
+
+    def _check_numbers(self, row: dict[str, Any], doc: dict[str, Any]) -> None:
+        """In a field that has fractions in other rows a whole number is a float64 in the table: 3 would be asked as 3.0."""
+        for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+            template = getattr(self.config, key)
+            if isinstance(template, str):
+                named = {template} if template in self.task.features else _fields(template)
+                for name in sorted(named):
+                    if _is_floated(row.get(name), doc.get(name)):
+                        why = f"field {name}: {short(row[name])} is asked as {short(doc[name])}, for other rows have"
+                        raise _WrongError(key, f"{why} fractions; give text in all rows")
 
     @property
     def _has_text(self) -> bool:
@@ -260,8 +292,29 @@ class ItemChecks:
             raise _WrongError("doc_to_target", "the text is empty")
         if self.output_type.startswith("loglikelihood") and not isinstance(target, str):
             raise _WrongError("doc_to_target", f"{short(target)} is not text")
-        if self.output_type == "generate_until" and choices is not None:
+        if self.output_type == GENERATED and choices is not None:
             self._check_label(target, choices, doc, False)
+        elif self.output_type == GENERATED and not callable(self.config.process_results):
+            self._check_answer(target)
+
+    def _check_answer(self, target: Any) -> None:
+        """Of generated text: the answer, or a list of answers of which one is wanted, as it is compared."""
+        if not isinstance(target, list):
+            return
+        if not target:
+            raise _WrongError("doc_to_target", "the list of answers is empty")
+        for answer in target:
+            if not isinstance(answer, str):
+                raise _WrongError("doc_to_target", f"answer {short(answer)} is not text, and no text is equal to it")
+        if summed := sorted(self.metrics & OF_ONE_ANSWER):
+            raise _WrongError("doc_to_target", f"a list of answers, and {summed[0]} is for one")
+
+    def _check_equal_choices(self, target: Any, choices: Sequence[str] | None) -> None:
+        """Of two equal choices lm-eval takes the first: a label that means the second could never be right."""
+        if self.output_type == MULTIPLE_CHOICE and choices is not None and isinstance(target, int):
+            first = choices.index(choices[target]) if 0 <= target < len(choices) else target
+            if first != target and not callable(self.config.process_results):
+                raise _WrongError("doc_to_target", f"label {target}, and choice {first} is the same text")
 
     def _is_numbered(self, doc: dict[str, Any]) -> bool:
         return isinstance(self.task.doc_to_text(doc), int) if self._has_text else False

@@ -27,6 +27,7 @@ MOST_BYTES = 1 << 30  # of a file, unpacked
 MOST_LINE = 64 << 20
 FIX = "correct the file"
 BATCH = 10_000  # rows
+EXACT = 2**53  # whole numbers up to here are float64s as they are
 Row = dict[str, Any]
 OPTIONS: dict[str, tuple[str, ...]] = {"json": ("field",), "csv": ("sep", "delimiter"), "parquet": (), "text": ()}
 
@@ -217,6 +218,8 @@ def _read_csv(path: Path, options: dict[str, Any]) -> Rows:
 
 
 def _header(cells: list[str], number: int) -> list[str]:
+    if not cells[0].strip():  # pandas' index, under the name that pandas reads it by
+        cells = ["Unnamed: 0", *cells[1:]]
     for cell in cells:
         if not cell.strip() or cells.count(cell) > 1:
             raise BadRowError(
@@ -266,10 +269,14 @@ def _read_parquet(path: Path, options: dict[str, Any]) -> Rows:
 
 @dataclasses.dataclass
 class Field:
-    """What a field holds in all rows: one kind, first seen at a place. inner: of a list; fields: of a mapping."""
+    """What a field holds in all rows: one kind, first seen at a place. inner: of a list; fields: of a mapping.
+
+    large: where a whole number is beyond what a float64 holds exactly.
+    """
 
     kind: str | None = None
     place: str = ""
+    large: str = ""
     inner: Field | None = None
     fields: dict[str, Field] = dataclasses.field(default_factory=dict)
 
@@ -289,8 +296,15 @@ class Field:
             )
         if self.kind is None:
             self.kind, self.place = kind, place
-        if kind == "a whole number" and not -(2**63) <= value < 2**63:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UserError(f"{place}: field {name} is beyond 64 bits", fix="give it as text")
+        if KINDS[type(value)] == "a whole number" and abs(value) > EXACT and not self.large:
+            self.large = place
+        if kind == "a number" and self.large:
+            raise UserError(
+                f"{self.large}: field {name} is a whole number beyond 2^53, in {place} it is a fraction",
+                fix="give it as text in all rows",
+            )
         if kind == "a number" and not math.isfinite(value):
             raise UserError(f"{place}: field {name} is {value}", fix=FIX)
         if isinstance(value, list):

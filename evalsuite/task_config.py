@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalsuite import rows
+from evalsuite import rows, yaml_files
 from evalsuite.names import short
 from evalsuite.yaml_files import FIX, Function
 from tinyllama.errors import UserError, nearest
@@ -31,6 +31,13 @@ METRICS: dict[str, dict[str, tuple[str, ...]]] = {
     GENERATED: {
         "exact_match": PLAIN, "bleu": ("bleu",), "chrf": ("chrf",), "chrf++": ("chrf++",), "ter": ("ter",),
     },
+}  # fmt: skip
+# Metrics that lm-eval hands on as they are, for an aggregation that is a function: (target, what was computed) of each item.
+HANDED_ON: dict[str, tuple[str, ...]] = {
+    "multiple_choice": ("likelihood",),
+    GENERATED: (
+        "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "brier_score", "f1", "likelihood", "mcc", "perplexity",
+    ),
 }  # fmt: skip
 REFUSED = {
     "doc_to_image": "the models here read text alone",
@@ -73,12 +80,13 @@ WORDS: dict[type, str] = {
 
 def check(config: dict[str, Any], where: str) -> None:
     """UserError, beginning with `where`, for a field of a user's own task that means nothing, or not what it says."""
+    if "class" in config:  # which may have any fields of its own
+        _check_fields({key: value for key, value in config.items() if key in FIELDS}, FIELDS, where)
+        return
     _check_fields(config, FIELDS, where)
     output_type = config.get("output_type", GENERATED)
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"{where}: output_type {short(output_type)}", fix=nearest(output_type, list(OUTPUT_TYPES)))
-    if "class" in config:
-        return
     for key in ("doc_to_text", "doc_to_target"):
         if config.get(key) is None and not (key == "doc_to_text" and output_type == "loglikelihood_rolling"):
             raise UserError(f"{where}: {key} is missing", fix=f"add {key}:")
@@ -111,6 +119,8 @@ def _check_data(config: dict[str, Any], where: str) -> None:
     path = config.get("dataset_path")
     if path is None and config.get("custom_dataset") is None:
         raise UserError(f"{where}: dataset_path is missing", fix=f"give one of {', '.join(rows.FORMATS)}, or a hub id")
+    if path == "" and config.get("custom_dataset") is not None:
+        path = None  # the rows come from the function
     if path is not None and (path.startswith((".", "/", "~")) or not path.strip() or Path(path).exists()):
         raise UserError(
             f"{where}: dataset_path {short(path)} is a place on this machine",
@@ -181,15 +191,17 @@ def _check_metrics(config: dict[str, Any], output_type: str, where: str) -> None
         if name in seen:
             raise UserError(f"{place}: {name} is there twice", fix="keep one of them")
         seen.add(name)
-        if metric.get("hf_evaluate"):
-            raise UserError(f"{place}: hf_evaluate fetches a program", fix="write the metric as process_results")
+        own = config.get("process_results") is not None
+        if metric.get("hf_evaluate") and not own:
+            fix = "write the metric as process_results" if output_type == GENERATED else "leave it out"
+            raise UserError(f"{place}: hf_evaluate fetches a program", fix=fix)
         if not isinstance(metric.get("higher_is_better", True), bool):
             raise UserError(f"{place}: higher_is_better {short(metric['higher_is_better'])}", fix="give true or false")
         if how is not None and not isinstance(how, str):
             raise UserError(f"{place}: aggregation {short(how)} is not text", fix=FIX)
-        if config.get("process_results") is not None:
-            _check_aggregation(place, how)
-        elif type(name) is not Function:
+        if own:
+            _check_aggregation(place, name, how)
+        elif type(name) is not Function and not (type(how) is Function and name in HANDED_ON.get(output_type, ())):
             if name not in known:
                 raise UserError(
                     f"{place}: {short(name)} is no metric of {output_type} tasks", fix=nearest(name, list(known))
@@ -198,11 +210,11 @@ def _check_metrics(config: dict[str, Any], output_type: str, where: str) -> None
                 raise UserError(f"{place}: {name} has no aggregation {short(how)}", fix=nearest(how, list(known[name])))
 
 
-def _check_aggregation(place: str, how: Any) -> None:
+def _check_aggregation(place: str, name: str, how: Any) -> None:
     from lm_eval.api import metrics  # noqa: F401 - registers them
-    from lm_eval.api.registry import AGGREGATION_REGISTRY
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, metric_agg_registry
 
-    if how is None:
+    if how is None and name not in metric_agg_registry:
         raise UserError(f"{place}: aggregation is missing", fix="add aggregation: mean, say")
     if type(how) is str and how not in AGGREGATION_REGISTRY:
         raise UserError(f"{place}: aggregation {short(how)}", fix=nearest(how, list(AGGREGATION_REGISTRY)))
@@ -212,6 +224,7 @@ def _check_filters(config: dict[str, Any], where: str) -> None:
     import lm_eval.filters  # noqa: F401 - registers them
     from lm_eval.api.registry import filter_registry
 
+    may_register = any(yaml_files.functions(config))  # the module of any function of the task's, when it is imported
     seen = set[str]()
     for number, chain in enumerate(config.get("filter_list") or [], 1):
         place = f"{where}: filter {number}"
@@ -225,7 +238,8 @@ def _check_filters(config: dict[str, Any], where: str) -> None:
         seen.add(chain["name"])
         for step in steps:
             name = step.get("function") if isinstance(step, dict) else None
-            if not isinstance(name, str) or name not in filter_registry:
+            known = type(name) is Function or name in filter_registry or may_register
+            if not isinstance(name, str) or not known:
                 fix = nearest(str(name), sorted(filter_registry))
                 raise UserError(f"{place}: function {short(name)}", fix=fix)
 

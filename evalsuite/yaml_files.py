@@ -146,16 +146,17 @@ def task(path: Path, where: str = "") -> tuple[dict[str, Any], list[Path]]:
     return joined(path, where, ()), files
 
 
+def functions(value: Any) -> Iterator[Function]:
+    """Those that a task's definition, or a part of it, names."""
+    if isinstance(value, Function):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from functions(inner)
+
+
 def modules(path: Path, folder: Path) -> list[Path]:
     """The Python files in or below a folder that the functions of a task's definition are in."""
-
-    def functions(value: Any) -> Iterator[Function]:
-        if isinstance(value, Function):
-            yield value
-        elif isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                yield from functions(inner)
-
     names = {name.rpartition(".")[0] for name in functions(task(path)[0])}
     found = [folder / f"{name.replace('.', '/')}.py" for name in sorted(names) if name]
     return [file for file in found if file.is_file()]

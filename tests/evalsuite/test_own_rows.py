@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evalsuite import definitions, rows, runner, suites, task_loading
+from evalsuite import definitions, rows, runner, suites, task_config, task_loading, yaml_files
 from tinyllama.errors import UserError
 
 GOOD = [{"q": "x", "a": 0}, {"q": "y", "a": 1}]
@@ -75,6 +75,8 @@ def told(folder: Path, *arguments: Any, **changes: Any) -> str:
         (jsonl(*GOOD, {"q": "z", "a": True}), "test.jsonl:3: field a is true or false (True), in "),
         (jsonl(*GOOD, {"q": "z", "a": 0, "more": float("nan")}), "test.jsonl:3: no JSON object (NaN is no JSON)"),
         (jsonl(*GOOD, {"q": "z", "a": 2**70}), "test.jsonl:3: field a is beyond 64 bits"),
+        (jsonl({"q": "z", "a": 0.5}, {"q": "x", "a": 2**70}), "test.jsonl:2: field a is beyond 64 bits"),
+        (jsonl({"q": 2**60, "a": 0}, {"q": 0.5, "a": 0}), "test.jsonl:1: field q is a whole number beyond 2^53, in "),
         (b'{"q": "x", "a": 0, "a": 1}\n', "test.jsonl:1: no JSON object (field 'a' is there twice)"),
         (b'{"q": ' + b"[" * 9999 + b"]" * 9999 + b"}", "test.jsonl:1: no JSON object (nested too deeply)"),
         (jsonl(*GOOD, {"a": 1}), "test.jsonl:3: doc_to_text ('{{q}}'): field q is empty or missing"),
@@ -128,6 +130,7 @@ def test_choices_that_are_none(tmp_path, choices, words, first):
         ("csv", b'q,a\nx,0\n"y,1\n', "test.csv:3: no CSV (unexpected end of data)"),
         ("csv", b"q,q\nx,0\n", "test.csv:1: field 'q' is there twice"),
         ("csv", b"q,\nx,0\n", "test.csv:1: field '' has no name"),
+        ("csv", b",\nx,0\n", "test.csv:1: field '' has no name"),
         ("csv", b'q,a\n"two\nlines",0\ny,\n', "test.csv:4: doc_to_target ('a'): the label is empty or missing"),
         ("csv", b"q,a\nx,0\ny,2\n", "test.csv:3: doc_to_target ('a'): label 2"),
         ("csv", b"q,a\nx,00\n", "test.csv:2: doc_to_target ('a'): label '00' is none of the choices"),
@@ -157,6 +160,7 @@ def test_lines_of_text(tmp_path):
         ("csv", b"q,a\nNA,0\n", "NA"),  # and nothing of these
         ("csv", b"q,a\nNone,0\n", "None"),
         ("csv", b'\xef\xbb\xbfq,a\r\n"007, ""x""",0\r\n', '007, "x"'),
+        ("csv", b",q,a\n0,x,0\n", "x"),  # as pandas writes it, with its index
         ("parquet", parquet([{"q": "x", "a": 0}]), "x"),
     ],
 )  # fmt: skip
@@ -195,6 +199,89 @@ def test_what_is_no_file_of_rows_is_not_read(tmp_path, kind):
     words = {"missing": "cannot be read (No such file", "folder": "is a folder", "huge": "has more than 1 GiB"}
     found = told(tmp_path, b"", dataset_kwargs={"data_files": {"test": "rows.jsonl"}})
     assert words.get(kind, "is no regular file") in found
+
+
+GENERATED: dict[str, Any] = {
+    "output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"until": ["\n"]},
+    "metric_list": [{"metric": "exact_match"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answers", "changes", "words"),
+    [
+        ([[], ["b"]], {}, "test.jsonl:1: doc_to_target ('a'): the list of answers is empty"),
+        ([["b"], []], {}, "test.jsonl:2: doc_to_target ('a'): the list of answers is empty"),
+        ([[5], [2]], {}, "test.jsonl:1: doc_to_target ('a'): answer 5 is not text, and no text is equal to it"),
+        (["[1, 2]"], {"doc_to_target": "{{a}}"}, "doc_to_target ('{{a}}'): answer 1 is not text"),
+        (["x", "['y']"], {"doc_to_target": "{{a}}"}, "test.jsonl:2: doc_to_target ('{{a}}'): ['y'] is a list, that of"),
+        ([["b"]], {"metric_list": [{"metric": "bleu"}]}, "doc_to_target ('a'): a list of answers, and bleu is for one"),
+        ([5, 2.5], {}, "test.jsonl:1: doc_to_target ('a'): field a: 5 is asked as 5.0, for other rows have fractions"),
+    ],
+)  # fmt: skip
+def test_answers_that_no_text_equals(tmp_path, answers, changes, words):
+    """lm-eval gives 0 to whatever the model writes, or fails after it has written."""
+    content = jsonl(*({"q": f"question {n}", "a": answer} for n, answer in enumerate(answers)))
+    assert words in told(tmp_path, content, **{**GENERATED, **changes})
+
+
+@pytest.mark.parametrize("answers", [[["4", "four"], ["1"]], ["[1, 2]", "007"], [5, 9007199254740993], [0.5, 2.0]])
+def test_what_equals_its_answer_is_right(tmp_path, answers):
+    content = jsonl(*({"q": f"question {n}", "a": answer} for n, answer in enumerate(answers)))
+    task = load(tmp_path, content, **GENERATED)
+    for doc, answer in zip(task.task_docs, answers, strict=True):
+        written = answer[-1] if isinstance(answer, list) else str(answer)
+        assert task.process_results(doc, [written]) == {"exact_match": 1.0}
+
+
+def test_a_label_of_the_second_of_two_equal_choices(tmp_path):
+    """lm-eval takes the first of equally likely ones."""
+    found = [{"q": "x", "c": ["a", "a", "b"], "a": label} for label in (0, 2, 1)]
+    assert "test.jsonl:3: doc_to_target ('a'): label 1, and choice 0 is the same text" in told(
+        tmp_path, jsonl(*found), doc_to_choice="{{c}}"
+    )
+
+
+METRIC = """
+def f(items):
+    return sum(wanted == written for wanted, written in items) / len(items)
+"""
+FILTER = """
+from lm_eval.api.filter import Filter
+from lm_eval.api.registry import register_filter
+
+@register_filter("without_brackets")
+class Stripped(Filter):
+    def apply(self, resps, docs):
+        return [[text.strip("<>") for text in texts] for texts in resps]
+
+def f(doc, results):
+    return {"acc": 1.0}
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric_list": [{"metric": "f1", "aggregation": "!function utils.f"}], **GENERATED, "doc_to_target": "{{a}}"},
+        {"metric_list": [{"metric": "likelihood", "aggregation": "!function utils.f"}]},
+        {"metric_list": [{"metric": "acc", "hf_evaluate": True}], "process_results": "!function utils.f"},
+        {"process_results": "!function utils.f", "metric_list": [{"metric": "acc"}]},
+        {"filter_list": [{"name": "f", "filter": [{"function": "without_brackets"}, {"function": "take_first"}]}],
+         "process_results": "!function utils.f", "metric_list": [{"metric": "acc"}]},
+    ],
+)  # fmt: skip
+def test_definitions_as_lm_evals_own_tasks_have_them(tmp_path, changes):
+    """masakhaner's metric, e2lmc's, c4's default aggregation, acpbench's filter that its module registers."""
+    (tmp_path / "utils.py").write_text(FILTER if "filter_list" in changes else METRIC)
+    assert load(tmp_path, jsonl(*GOOD), **changes).has_test_docs()
+
+
+def test_a_task_that_is_a_class_has_fields_of_its_own(tmp_path):
+    text = TASK | {"recipe": "card=x", "group": "scrolls"}
+    task_config.check(text | {"class": yaml_files.Function("task.Unitxt")}, "own.yaml")
+    with pytest.raises(UserError, match="unknown field 'recipe'"):
+        task_config.check(text | {"group": None}, "own.yaml")
 
 
 SIX = jsonl(*({"q": f"question {n}", "a": n % 2} for n in range(6)))

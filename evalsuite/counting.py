@@ -21,6 +21,7 @@ from evalsuite.generation_settings import GenerationSettings, room_for_prompt
 from evalsuite.greedy import not_numbers
 from tinyllama.errors import UserError
 
+DECIMAL = ("temperature", "repetition_penalty")
 TOGETHER = 1024  # requests whose texts are tokenized by one call
 Pair = tuple[str, str]
 
@@ -152,6 +153,8 @@ class CountingHFLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         settings.pop("use_cache", None)  # which HFLM gives by itself
+        # transformers takes 1.5 and 2.0 for these, but neither 2 nor "1e-1", as YAML reads a number without a point.
+        settings |= {name: float(settings[name]) for name in DECIMAL if settings.get(name) is not None}
         settings["logits_processor"] = LogitsProcessorList([_Numbers()])
         return super()._model_generate(context, max_length, stop, **settings)
 

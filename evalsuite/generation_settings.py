@@ -41,20 +41,35 @@ NEUTRAL: dict[str, Any] = {
     "eta_cutoff": 0,
     "top_h": None,
 }
-# Of those that change something, lowest and highest.
+# Of those that change something, lowest and highest. Above 0 is from TINY on; whole numbers are those of WHOLE.
+TINY = 1e-9
 RANGES: dict[str, tuple[float, float]] = {
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "typical_p": (0, 1),
+    "top_h": (TINY, 1),
+    "typical_p": (TINY, 1),
     "epsilon_cutoff": (0, 1),
     "eta_cutoff": (0, 1),
-    "top_k": (-1, math.inf),
+    "top_k": (1, math.inf),
     "num_beams": (1, math.inf),
     "num_return_sequences": (1, 1),
-    "repetition_penalty": (1e-6, math.inf),
+    "repetition_penalty": (TINY, math.inf),
     "no_repeat_ngram_size": (0, math.inf),
+    "min_length": (0, math.inf),
     "min_new_tokens": (0, math.inf),
+    "max_time": (0, math.inf),
 }
+OF_VLLM: dict[str, tuple[float, float]] = {  # where they are others, or vLLM's alone
+    "temperature": (0, 2),
+    "top_p": (TINY, 1),
+    "top_k": (-1, math.inf),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "min_tokens": (0, math.inf),
+}
+WHOLE = (
+    "top_k", "num_beams", "num_return_sequences", "no_repeat_ngram_size", "min_length", "min_new_tokens", "min_tokens",
+)  # fmt: skip
 # Without meaning where nothing is drawn; for one beam; for any text.
 OF_DRAWING = ("top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "seed")
 OF_BEAMS = ("early_stopping", "length_penalty")
@@ -122,14 +137,19 @@ class GenerationSettings:
     def check(self, backend: str) -> None:
         """UserError where this backend would fail, or write another text than was asked for."""
         meant = self.meant
+        if backend == "vllm":
+            _check_range("temperature", self.temperature, backend)
+            if isinstance(least := meant.get("min_tokens"), int) and least > self.most:
+                raise UserError(
+                    f"generation setting min_tokens={least}, at most {self.most} are generated", fix="give less"
+                )
         for name, value in meant.items():
             if backend == "native":
                 raise UserError(
                     f"generation setting {name}={value!r} is not one of the native backend",
                     fix="use --backend hf or vllm for this task",
                 )
-            if name in RANGES:
-                _check_range(name, value)
+            _check_range(name, value, backend)
         known = _known(backend)
         for name in self.others:
             if known and name not in known and (name in meant or backend == "hf"):
@@ -187,11 +207,17 @@ def room_for_prompt(context: int, generated: int) -> int:
     return room
 
 
-def _check_range(name: str, value: Any) -> None:
-    lowest, highest = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        limits = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-        raise UserError(f"generation setting {name}={value!r}", fix=f"give a number {limits}")
+def _check_range(name: str, value: Any, backend: str) -> None:
+    ranges = RANGES | OF_VLLM if backend == "vllm" else RANGES
+    if name not in ranges:
+        return
+    lowest, highest = ranges[name]
+    is_number = isinstance(value, int if name in WHOLE else (int, float)) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= highest or value == math.inf:
+        number = "a whole number" if name in WHOLE else "a number"
+        least = f"above 0 and up to {highest}" if lowest == TINY else f"from {lowest} to {highest}"
+        limits = least if highest < math.inf else "above 0" if lowest == TINY else f"of {lowest} or more"
+        raise UserError(f"generation setting {name}={value!r}", fix=f"give {number} {limits}")
 
 
 def _known(backend: str) -> list[str]:

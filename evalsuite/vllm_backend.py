@@ -53,4 +53,7 @@ class CheckedVLLM(VLLM):
         """As VLLM's, without the settings that change nothing, many of which vLLM does not know."""
         settings = GenerationSettings.of(gen_kwargs)
         idle = settings.others.keys() - settings.meant.keys()
-        return VLLM.modify_gen_kwargs({k: v for k, v in gen_kwargs.items() if k not in idle}, *args, **kwargs)
+        kept = {name: value for name, value in gen_kwargs.items() if name not in idle}
+        if "temperature" in kept:
+            kept["temperature"] = float(kept["temperature"])  # YAML reads 1e-1 as text
+        return VLLM.modify_gen_kwargs(kept, *args, **kwargs)

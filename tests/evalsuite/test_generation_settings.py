@@ -97,8 +97,16 @@ def test_what_no_backend_can_do_is_refused(backend, given, reason):
     [
         ({**DRAWN, "top_p": 2}, "top_p=2; give a number from 0 to 1"),
         ({**DRAWN, "top_k": "few"}, "top_k='few'"),
-        ({**GREEDY, "num_beams": 0}, "num_beams=0; give a number of 1 or more"),
-        ({**GREEDY, "repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({**GREEDY, "num_beams": 0}, "num_beams=0; give a whole number of 1 or more"),
+        ({**GREEDY, "num_beams": 2.5}, "num_beams=2.5; give a whole number"),
+        ({**GREEDY, "repetition_penalty": -1.0}, "repetition_penalty=-1.0; give a number above 0"),
+        ({**GREEDY, "repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        ({**GREEDY, "no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size=2.5; give a whole number of 0 or more"),
+        ({**GREEDY, "min_length": -1}, "min_length=-1"),
+        ({**DRAWN, "top_k": -1}, "top_k=-1; give a whole number of 1 or more"),
+        ({**DRAWN, "top_k": 2.5}, "top_k=2.5"),
+        ({**DRAWN, "typical_p": 0}, "typical_p=0; give a number above 0 and up to 1"),
+        ({**DRAWN, "top_h": 0}, "top_h=0"),
         ({**GREEDY, "num_return_sequences": 3}, "num_return_sequences=3"),
         ({**GREEDY, "repetition_penaltie": 1.1}, "repetition_penaltie is unknown to --backend hf; did you mean repet"),
         ({**GREEDY, "pad_token_id": 0}, "pad_token_id is unknown to --backend hf"),
@@ -108,6 +116,21 @@ def test_what_transformers_would_fail_on_is_refused(given, reason):
     with pytest.raises(UserError, match=reason):
         check_tasks({"t": given}, "hf", None)
     check_tasks({"t": {**DRAWN, "top_p": 0.9, "top_k": 7, "num_beams": 3, "repetition_penalty": 1.3}}, "hf", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({**DRAWN, "top_p": 0}, "top_p=0; give a number above 0 and up to 1"),
+        ({**DRAWN, "temperature": 2.5}, "temperature=2.5; give a number from 0 to 2"),
+        ({**GREEDY, "presence_penalty": 3}, "presence_penalty=3; give a number from -2 to 2"),
+        ({**GREEDY, "min_tokens": 9, "max_gen_toks": 8}, "min_tokens=9, at most 8 are generated"),
+    ],
+)
+def test_what_vllm_would_fail_on_is_refused(given, reason):
+    with pytest.raises(UserError, match=reason):
+        check_tasks({"t": given}, "vllm", None)
+    check_tasks({"t": {**DRAWN, "top_p": 0.9, "top_k": -1, "min_tokens": 3}}, "vllm", None)
 
 
 def test_vllm_knows_names_of_its_own():

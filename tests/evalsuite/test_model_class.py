@@ -117,6 +117,20 @@ def test_texts_of_different_settings_in_one_call(models):
     assert ours.generate_until(asked("generate_until", arguments)) == each(theirs, "generate_until", arguments)
 
 
+def test_numbers_mean_the_same_in_every_notation(models):
+    """transformers refuses 2 where it takes 2.0, and YAML reads 1e-1 as text."""
+    _, ours = models
+    notations = [({"temperature": "5e-1"}, {"temperature": 0.5}), ({"temperature": 2}, {"temperature": 2.0})]
+    if not hasattr(ours, "engine"):  # native has no penalties
+        notations.append(({"do_sample": False, "repetition_penalty": 2}, {"repetition_penalty": 2.0}))
+    for one, other in notations:
+        texts = []
+        for given in (one, other):
+            torch.manual_seed(0)
+            texts.append(ours.generate_until(asked("generate_until", [("def ", {"max_gen_toks": 6, **given})])))
+        assert texts[0] == texts[1]
+
+
 def test_the_order_of_requests_changes_nothing(models):
     _, ours = models
     generation = {"until": ["e"], "max_gen_toks": 8}

@@ -21,14 +21,16 @@ MACHINE = os.uname().machine
 _NUMBERS: dict[str, tuple[int, int] | int] = {
     "add_key": (248, 217), "bpf": (321, 280), "capset": (126, 91), "chroot": (161, 51), "clone": (56, 220),
     "clone3": 435, "fanotify_init": (300, 262), "fcntl": (72, 25), "fsconfig": 431, "fsmount": 432, "fsopen": 430,
-    "fspick": 433, "io_uring_enter": 426, "io_uring_register": 427, "io_uring_setup": 425, "kcmp": (312, 272),
-    "keyctl": (250, 219), "memfd_create": (319, 279), "memfd_secret": 447, "mount": (165, 40), "mount_setattr": 442,
-    "move_mount": 429, "mq_open": (240, 180), "msgget": (68, 186), "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265), "open_tree": 428, "perf_event_open": (298, 241), "pidfd_getfd": 438,
-    "pivot_root": (155, 41), "prctl": (157, 167), "process_madvise": 440, "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "ptrace": (101, 117), "quotactl": (179, 60), "request_key": (249, 218),
-    "semget": (64, 190), "setns": (308, 268), "setsockopt": (54, 208), "shmat": (30, 196), "shmget": (29, 194),
-    "socket": (41, 198), "umount2": (166, 39), "unshare": (272, 97), "userfaultfd": (323, 282),
+    "fspick": 433, "inotify_add_watch": (254, 27), "io_setup": (206, 0), "io_uring_enter": 426,
+    "io_uring_register": 427, "io_uring_setup": 425, "kcmp": (312, 272), "keyctl": (250, 219),
+    "landlock_create_ruleset": 444, "memfd_create": (319, 279), "memfd_secret": 447, "mount": (165, 40),
+    "mount_setattr": 442, "move_mount": 429, "mq_open": (240, 180), "msgget": (68, 186),
+    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "open_tree": 428, "perf_event_open": (298, 241),
+    "pidfd_getfd": 438, "pivot_root": (155, 41), "prctl": (157, 167), "process_madvise": 440,
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "ptrace": (101, 117), "quotactl": (179, 60),
+    "request_key": (249, 218), "semget": (64, 190), "setns": (308, 268), "setsockopt": (54, 208), "shmat": (30, 196),
+    "shmget": (29, 194), "socket": (41, 198), "syslog": (103, 116), "umount2": (166, 39), "unshare": (272, 97),
+    "userfaultfd": (323, 282), "vmsplice": (278, 75),
 }  # fmt: skip
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -22,11 +22,11 @@ REFUSED = {
         "ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "kcmp", "pidfd_getfd", "add_key",
         "request_key", "keyctl", "bpf", "perf_event_open", "userfaultfd", "unshare", "setns", "mount", "umount2",
         "pivot_root", "chroot", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick", "open_tree", "mount_setattr",
-        "fanotify_init", "name_to_handle_at", "open_by_handle_at", "quotactl",
+        "fanotify_init", "name_to_handle_at", "open_by_handle_at", "quotactl", "syslog", "vmsplice",
     ),
     errno.ENOSYS: (
         "io_uring_setup", "io_uring_enter", "io_uring_register", "memfd_create", "memfd_secret", "clone3", "shmget",
-        "shmat", "semget", "msgget", "mq_open",
+        "shmat", "semget", "msgget", "mq_open", "inotify_add_watch", "io_setup", "landlock_create_ruleset",
     ),
 }  # fmt: skip
 NAMESPACES = 0x7E020000  # the CLONE_NEW* flags that clone can have

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from typing import Any
@@ -21,10 +22,12 @@ MOST_REAPED = 256
 HARD = 3  # times the limit on time, waiting for a processor included
 MANY = 16  # threads, from which on a program yields to others
 LOWEST = 19
-DESCRIPTOR_BYTES = 256 << 10  # what a pipe or a socket may hold unseen, at most
+UNSEEN = ("VmPTE", "VmSwap", "HugetlbPages")  # beside the pages in memory
 PROCESS_BYTES = 64 << 10  # the kernel's own, for a process or a thread
+MAPPING_BYTES = 320  # of each of its mappings
 SHARED = "/dev/zero (deleted)"  # how the kernel lists shared anonymous memory
 PAGE = os.sysconf("SC_PAGE_SIZE")
+PIPE_BYTES = 16 * PAGE  # what a pipe may hold, as F_SETPIPE_SZ is refused
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -34,6 +37,9 @@ class Processes:
     def __init__(self, descriptor: int, scratch: tuple[str, ...]) -> None:
         self.descriptor = descriptor
         self.scratch = scratch
+        with socket.socket(socket.AF_UNIX) as one:
+            # What is sent is charged to its sender up to here; as much again for options and the kernel's own.
+            self.socket_bytes = 2 * one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
     def _text(self, name: str) -> str:
         """A file of /proc, "" where the process is gone."""
@@ -69,25 +75,36 @@ class Processes:
         return total
 
     def memory(self, limit: int) -> tuple[int, int]:
-        """Bytes that all hold together, and the number of threads. Pages that processes share count once."""
+        """Bytes that all hold together, and the number of threads; fewer of both where the limit is passed already. Pages
+        that processes share count once.
+        """
         private = unseen = threads = 0
         shared: dict[str, int] = {}
         for name in (numbers := self.numbers()):
             status = dict(line.split(":", 1) for line in self._text(f"{name}/status").splitlines() if ":" in line)
             private += _kib(status, "RssAnon")
-            unseen += _kib(status, "VmPTE")
+            unseen += sum(_kib(status, kind) for kind in UNSEEN)
             threads += int(status.get("Threads", "0"))
-            unseen += max(0, len(self._names(f"{name}/fd")) - 3) * DESCRIPTOR_BYTES  # but for the standard three
+            unseen += max(0, len(self._names(f"{name}/fd")) - 3) * PIPE_BYTES  # but for the standard three
             maps = self._text(f"{name}/maps")
+            unseen += maps.count("\n") * MAPPING_BYTES
+            if unseen > limit:
+                return unseen, threads
             for line in maps.splitlines() if SHARED in maps else ():
                 if line.endswith(SHARED):
                     span, _, offset, _, inode = line.split()[:5]
                     begin, end = (int(part, 16) for part in span.split("-"))
                     shared[inode] = max(shared.get(inode, 0), int(offset, 16) + end - begin)
-        unseen += threads * PROCESS_BYTES + sum(shared.values()) + sum(map(_used, self.scratch))
-        if private + unseen > limit and len(numbers) > 1:  # forked processes share most of their pages
+        unseen += threads * PROCESS_BYTES + self.sockets() * self.socket_bytes
+        unseen += sum(shared.values()) + sum(map(_used, self.scratch))
+        if private + unseen > limit >= unseen and len(numbers) > 1:  # forked processes share most of their pages
             private = sum(self._proportional(name) for name in numbers)
         return private + unseen, threads
+
+    def sockets(self) -> int:
+        """How many there are: also those that wait to be accepted, and closed ones whose words nobody has read."""
+        used = self._text("1/net/sockstat").split()
+        return int(used[2]) if used[:2] == ["sockets:", "used"] else 0
 
     def yield_to_others(self) -> None:
         """Give all threads the lowest priority, which new ones inherit: what a program starts is its own cost."""

@@ -161,7 +161,7 @@ def train_command(
         console.print(rate_changes, style="yellow", markup=False)
 
     script = ["--deepspeed", str(config), "--data", str(data), "--output", str(output), "--resume", resume]
-    script += ["--recipe", recipe] if recipe else []
+    script += [] if recipe is None else ["--recipe", recipe]
     script += ["--init-from", str(init_from)] if init_from else []
     script += ["--allow-rate-jump"] if allow_rate_jump else []
     script += ["--inject", inject] if inject else []

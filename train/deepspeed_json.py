@@ -33,6 +33,18 @@ class Anything(Rule):
         return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts(Rule):
+    """A list of names: of these, where there are any."""
+
+    names: tuple[str, ...] = ()
+
+    def refusal(self, value: Any) -> str | None:
+        rule = OneOf(self.names) if self.names else Text()
+        good = isinstance(value, list) and all(rule.refusal(entry) is None for entry in value)
+        return None if good else f"give a list of {', '.join(self.names) or 'names'}"
+
+
 Section = dict[str, "Rule | Section"]
 
 FLAG, TEXT, COUNT, SHARE = Flag(), Text(), Whole(0, 1 << 62), Real(0, 1)
@@ -45,13 +57,14 @@ ZERO: Section = {
     **dict.fromkeys(
         (
             *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"),
-            *("overlap_comm", "load_from_fp32_weights", "stage3_gather_16bit_weights_on_model_save"),
+            *("load_from_fp32_weights", "stage3_gather_16bit_weights_on_model_save"),
             *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters"),
             *("round_robin_gradients", "parameter_alignment", "zero_quantized_weights", "zero_quantized_gradients"),
             *("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
         ),
         FLAG,
     ),
+    "overlap_comm": Optional(FLAG),
     "reduce_bucket_size": Auto(Whole(1, 1 << 62)),
     "allgather_bucket_size": Auto(Whole(1, 1 << 62)),
     "sub_group_size": Whole(1, 1 << 62),
@@ -64,7 +77,7 @@ ZERO: Section = {
     "zero_hpz_partition_size": Auto(Whole(1, 1 << 20)),
     "offload_param": {
         "device": DEVICE,
-        "nvme_path": TEXT,
+        "nvme_path": Optional(TEXT),
         "buffer_count": Whole(1, 1 << 20),
         "buffer_size": COUNT,
         "max_in_cpu": COUNT,
@@ -72,14 +85,22 @@ ZERO: Section = {
     },
     "offload_optimizer": {
         "device": DEVICE,
-        "nvme_path": TEXT,
+        "nvme_path": Optional(TEXT),
         "buffer_count": Whole(1, 1 << 20),
         "ratio": SHARE,
         "cpuadam_cores_perc": SHARE,
         **dict.fromkeys(("pin_memory", "pipeline_read", "pipeline_write", "fast_init", "super_offload"), FLAG),
     },
-    "zenflow": Anything(),
-    "leaf_module": Anything(),
+    "zenflow": {
+        "topk_ratio": Real(0, 1, "()"),
+        "select_strategy": OneOf(("auto", "step", "epoch")),
+        **dict.fromkeys(("select_interval", "update_interval"), Auto(Whole(1, 10**9))),
+        **dict.fromkeys(("overlap_step", "offload"), FLAG),
+        **dict.fromkeys(("auto_ratio", "pt_reserved_cores_perc"), SHARE),
+        "full_warm_up_rounds": COUNT,
+        "steps_per_epoch": Optional(COUNT),
+    },
+    "leaf_module": dict.fromkeys(("classes", "names", "name_suffixes"), Texts()),
 }
 # Of DeepSpeed's own ZeRO settings those that a run here has no use for, or that would change what it reports.
 UNUSED_ZERO = (
@@ -97,7 +118,19 @@ DEEPSPEED: Section = {
     "zero_optimization": ZERO,
     "communication_data_type": Optional(OneOf(("fp32", "bf16", "fp16"))),
     "gradient_predivide_factor": Real(0, 1e6, "(]"),
-    "compile": Anything(),
+    "compile": {
+        **dict.fromkeys(
+            (
+                *("deepcompile", "autoep_non_moe", "free_activation", "offload_activation", "offload_opt_states"),
+                *("offload_activation_pin_memory", "double_buffer", "symmetric_memory", "debug_log"),
+                *("offload_parameters", "sync_before_reduce", "sync_after_reduce", "sync_before_allgather"),
+                *("sync_after_allgather", "keep_int_input_tensors", "keep_all_input_tensors"),
+            ),
+            FLAG,
+        ),
+        "free_activation_threshold": COUNT,
+        "passes": Optional(Texts(("z1", "z3", "autosp", "autotp"))),
+    },
     "aio": {
         "block_size": Whole(1, 1 << 40),
         "queue_depth": Whole(1, 1 << 20),
@@ -114,7 +147,7 @@ DEEPSPEED: Section = {
         "api_key": Anything(),  # refused with its reason where monitors are made
         **dict.fromkeys(("project", "workspace", "experiment_name", "experiment_key", "mode"), Optional(TEXT)),
     },
-    "comms_logger": {**dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), FLAG), "prof_ops": Anything()},
+    "comms_logger": {**dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), FLAG), "prof_ops": Texts()},
     "flops_profiler": {
         "enabled": FLAG,
         "recompute_fwd_factor": Real(0, 10),
@@ -144,10 +177,15 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         if section in config:
             raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
     for half in ("fp16", "amp", "torch_autocast"):
-        if half in config:
+        if isinstance(section := config.get(half), dict) and section.get("enabled", False) is False:
+            del config[half]
+        elif half in config:
             raise ConfigError(f"{path}: section {half!r}", fix="training is in bf16, or in fp32 without it; remove it")
-    _check(config, DEEPSPEED, str(path))
     zero = config.get("zero_optimization", {})
+    for name in ("offload_param", "offload_optimizer", "zenflow"):
+        if isinstance(zero, dict) and zero.get(name, ()) is None:  # DeepSpeed's way to say that there is none
+            del zero[name]
+    _check(config, DEEPSPEED, str(path))
     if "stage" not in zero:
         raise ConfigError(
             f"{path}: zero_optimization.stage is not given", fix="give 1, 2 or 3; stage 1 on one rank is plain"
@@ -156,7 +194,7 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         device = zero.get(name, {}).get("device", "none")
         if device == "none":
             zero.pop(name, None)
-        if device == "nvme" and "nvme_path" not in zero[name]:
+        if device == "nvme" and not zero[name].get("nvme_path"):
             raise ConfigError(f"{path}: {name}.device=nvme without nvme_path", fix="give the folder to offload to")
     if zero["stage"] != 3 and ("offload_param" in zero or zero.get("zero_hpz_partition_size", 1) not in (1, "auto")):
         raise ConfigError(
@@ -176,5 +214,9 @@ def _check(config: dict[str, Any], rules: Section, path: str, inside: str = "") 
             if not isinstance(value, dict):
                 raise ConfigError(f"{path}: {name}={value!r} is not a JSON object", fix="give an object, or remove it")
             _check(value, rule, path, name)
-        elif refusal := rule.refusal(value):
+            continue
+        inner = rule.rule if isinstance(rule, Auto | Optional) else rule
+        if isinstance(inner, Whole) and isinstance(value, float) and value.is_integer():
+            value = config[key] = int(value)  # DeepSpeed's own examples write 5e8
+        if refusal := rule.refusal(value):
             raise ConfigError(f"{path}: {name}={value!r}", fix=refusal)

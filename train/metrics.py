@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,18 +89,26 @@ def peak_memory_bytes() -> int:
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`. On a resume, lines of steps that will be done again are dropped first."""
+    """Appends to `metrics.jsonl`. On a resume, lines of steps that will be done again are dropped first.
+
+    So are lines that a disk has damaged, which is said; the last one may have been cut short by a kill.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that a kill cut short
-                if entry["step"] <= first_step:
-                    kept.append(line)
+        kept, damaged = [], []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                step = json.loads(text)["step"] if text.strip() else math.inf
+            except (ValueError, TypeError, KeyError, RecursionError):
+                step = None
+            if not isinstance(step, int | float) or isinstance(step, bool):
+                damaged += [number] if number < len(lines) else []
+            elif step <= first_step:
+                kept.append(text)
+        if damaged:
+            print(f"warning: {path}: line {damaged[0]} is damaged, {len(damaged)} in all: left out", file=sys.stderr)
         partial = path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, path)

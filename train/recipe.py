@@ -302,7 +302,7 @@ def parse_settings(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 def load_recipe(path: str | Path | None = None, settings: Sequence[str] = ()) -> Recipe:
     """The recipe in a JSON file (or of that name among those shipped), with `--set` settings laid over it."""
-    file = Path(path) if path else DEFAULT_RECIPE
+    file = DEFAULT_RECIPE if path is None else Path(path)
     if not os.path.exists(file) and os.path.exists(RECIPES / f"{file.name}.json"):
         file = RECIPES / f"{file.name}.json"
     shipped = sorted(p.stem for p in RECIPES.glob("*.json"))

@@ -67,7 +67,8 @@ def _past(recipe: dict[str, Any]) -> SimpleNamespace:
         return kind(**{name: value for name, value in values.items() if name in names})
 
     past = SimpleNamespace(
-        optimizer=section(OptimizerConfig, recipe["optimizer"]), training=section(TrainingConfig, recipe["training"])
+        optimizer=section(OptimizerConfig, recipe.get("optimizer", {})),
+        training=section(TrainingConfig, recipe.get("training", {})),
     )
     steps = -(-past.training.tokens // past.training.batch_tokens)
     given = past.optimizer.warmup_steps

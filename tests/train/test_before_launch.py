@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from tinyllama.data.loader import HeldOut, Source
 from tinyllama.data.store import file_sha256
 from tinyllama.errors import CheckpointError, DataError
 from train import accelerators, launch
+from train.metrics import MetricsFile
 from train.plan import open_mixture
 from train.recipe import load_recipe
 from train.schedule import describe, learning_rate, refuse_jump
@@ -284,3 +286,20 @@ def test_checksums_of_a_tokenizer_are_compared(refused, stores, tmp_path):
     other.write_bytes((stores / "tokenizer.model").read_bytes() + b"\x00")
     assert file_sha256(other) != file_sha256(stores / "tokenizer.model")
     assert "did not make these stores" in refused("--tokenizer", other)
+
+
+def test_a_damaged_line_of_the_metrics_is_said_and_costs_no_other(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 5.0}).encode() for step in (1, 2, 3, 4)]
+    lines.insert(
+        1, json.dumps({"step": 2, "validation": {"a": {"loss": math.nan}}}).encode()
+    )  # not quite JSON, but ours
+    path.write_bytes(b"\n".join([*lines, b'{"step": 5, "lo']))  # cut short by a kill: nothing to say
+    MetricsFile(path, 3).close()
+    assert path.read_bytes().splitlines() == lines[:4]
+    assert capsys.readouterr().err == ""
+    for damage in (b'{"step": 2\xff}', b'{"stfp": 2}', b"[2]", b"2", b'{"step": "2"}', b'{"step": true}', b"\0"):
+        path.write_bytes(b"\n".join([lines[0], damage, lines[3]]) + b"\n")
+        MetricsFile(path, 3).close()
+        assert path.read_bytes().splitlines() == [lines[0], lines[3]]
+        assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().err

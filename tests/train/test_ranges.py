@@ -66,6 +66,8 @@ def outside(rule: ranges.Rule) -> list[object]:
         return [*odd, 0.9, [0.9], [0.9, 0.9, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, "0.9"], [0.9, None], [0.9, math.nan]]
     if isinstance(rule, ranges.OneOf):
         return [*odd, 0, True, "Nothing", [rule.names[0]]]
+    if isinstance(rule, deepspeed_json.Texts):
+        return [value for value in odd if value != []] + ["z1", [""], [None], ["z1", 1]]
     assert isinstance(rule, ranges.Text)
     return [*odd, 1, True, " ", "x" * (rule.most + 1)]
 
@@ -165,6 +167,11 @@ def test_bytes_that_are_not_utf8_and_folders_are_one_line_and_a_byte_order_mark_
     assert strict_json.parse("\ufeff[1]") == [1]
 
 
+def test_an_empty_name_of_a_recipe_is_not_the_default_one():
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe("")
+
+
 def test_an_open_warm_up_is_a_tenth_of_a_short_run_and_tinyllamas_of_a_long_one():
     warmups = {
         tokens: load_recipe("tinyllama_120m", [f"training.tokens={tokens}"]).warmup_steps
@@ -218,6 +225,11 @@ def test_no_setting_of_a_deepspeed_json_takes_what_is_outside_of_its_range(tmp_p
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "this is stage 2"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "without nvme_path"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "does not divide 8 ranks"),
+        ({"compile": {"enabled": "x"}}, "'compile.enabled' is not a setting"),
+        ({"compile": {"passes": ["z2"]}}, "give a list of z1, z3, autosp, autotp, or null"),
+        ({"comms_logger": {"enabled": True, "prof_ops": 5}}, "give a list of names"),
+        ({"zero_optimization": {"stage": 3, "zenflow": "x"}}, "zenflow='x' is not a JSON object"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": "x"}}}, "give a list of names"),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, "did you mean stage3_prefetch_bucket_size"),
     ],
 )
@@ -238,6 +250,36 @@ def test_the_zero_settings_are_deepspeeds_own():
     for section in ("offload_param", "offload_optimizer"):
         (kind, _) = typing.get_args(DeepSpeedZeroConfig.model_fields[section].annotation)
         assert set(kind.model_fields) == set(deepspeed_json.ZERO[section])
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.zenflow.zenflow_config import ZenFlowConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+
+    assert set(CompileConfig.model_fields) == set(deepspeed_json.DEEPSPEED["compile"])
+    assert set(CommsLoggerConfig.model_fields) == set(deepspeed_json.DEEPSPEED["comms_logger"])
+    assert set(ZenFlowConfig.model_fields) == set(deepspeed_json.ZERO["zenflow"])
+    assert set(DeepSpeedZeroLeafModuleConfig.model_fields) == set(deepspeed_json.ZERO["leaf_module"])
+
+
+def test_what_deepspeeds_own_examples_write_is_taken(tmp_path):
+    """Whole numbers as 5e8, what is off or null; against DeepSpeed's own reading of the same section."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = {
+        "stage": 3,
+        "overlap_comm": None,
+        "offload_param": None,
+        "reduce_bucket_size": 5e8,
+        "sub_group_size": 1e9,
+        "stage3_prefetch_bucket_size": 5e7,
+        "offload_optimizer": {"device": "cpu", "nvme_path": None, "buffer_count": 4.0},
+    }
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "fp16": {"enabled": False}, "amp": {"enabled": False}}))
+    found = read_deepspeed(path)
+    assert set(found) == {"zero_optimization"}
+    assert DeepSpeedZeroConfig(**found["zero_optimization"]) == DeepSpeedZeroConfig(**zero)
+    assert type(found["zero_optimization"]["reduce_bucket_size"]) is int
 
 
 def test_offloading_to_no_device_is_none(tmp_path):

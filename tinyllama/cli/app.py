@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code after Ctrl-C, as of shells; after another signal 128 and its number
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one stops `train` alone
 AGAIN = 75  # of `train`, whatever stopped it: run the same command again
+SHOWN_CHARACTERS = 1500  # of each end of a message that is longer than two of these
+
 COMMANDS = {
     "train": ("train.cli", "train_command"),
     "export": ("tinyllama.cli.export", "export_command"),
@@ -102,7 +104,11 @@ def print_error(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), (text.replace("\n", " "), "red"))
+    if len(text) > 2 * SHOWN_CHARACTERS:  # a value that is a file's whole content, say; its fix stands at the end
+        text = f"{text[:SHOWN_CHARACTERS]} ... {text[-SHOWN_CHARACTERS:]}"
+    # What a terminal would obey, or a file cannot hold, is shown as Python writes it.
+    text = "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+    line = Text.assemble(("error: ", "bold red"), (text, "red"))
     with contextlib.suppress(OSError):
         Console(stderr=True, soft_wrap=True).print(line)
 

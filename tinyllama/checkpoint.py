@@ -100,17 +100,22 @@ def newest_whole(
     each that is skipped. check: `verify` or, without reading every byte, `inspect`. among: of these steps alone.
     """
     found = [(step, path) for step, path in list_checkpoints(run) if among(step)]
+    skipped: list[str] = []
+    chosen = None
     for _, directory in reversed(found):
         try:
-            return directory, (check or verify)(directory)
+            chosen = directory, (check or verify)(directory)
+            break
         except CheckpointError as error:
-            (warn or _say_once)(f"skipping checkpoint: {error.what}")
-    if found:
+            skipped.append(f"skipping checkpoint: {error.what}")
+    for text in skipped:
+        (warn or _say_once)(f"{text}; {chosen[0].name} is taken instead" if chosen else text)
+    if found and chosen is None:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {Path(run) / 'checkpoints'} is whole",
             fix="restore one from a copy, or give another --output to start anew",
         )
-    return None
+    return chosen
 
 
 def _say_once(text: str) -> None:

@@ -200,6 +200,7 @@ def test_every_kind_of_damage_falls_back_and_is_left_as_it_is(run, kind):
         assert found[1]["step"] == 6
     assert len(said) == 2
     assert all(str(folder) in text and "\n" not in text for text in said)
+    assert all(text.endswith("step-00000006 is taken instead") for text in said)
     assert checkpoint.resolve(run).name == checkpoint.step_name(6)
     if not (folder.is_dir() and (folder / "config.json").exists()):
         assert checkpoint.is_checkpoint(folder)

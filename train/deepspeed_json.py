@@ -177,7 +177,7 @@ def read_deepspeed(path: str | Path) -> dict[str, Any]:
         if section in config:
             raise ConfigError(f"{path}: section {section!r}", fix="the recipe's optimizer section says this; remove it")
     for half in ("fp16", "amp", "torch_autocast"):
-        if isinstance(section := config.get(half), dict) and section.get("enabled", False) is False:
+        if isinstance(off := config.get(half), dict) and off.get("enabled", False) is False:
             del config[half]
         elif half in config:
             raise ConfigError(f"{path}: section {half!r}", fix="training is in bf16, or in fp32 without it; remove it")

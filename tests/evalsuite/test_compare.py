@@ -130,7 +130,7 @@ def test_without_logs_two_means_are_compared_and_marked(tmp_path):
     samples.path_of(after, "piqa").unlink()
     found = only(compare.compare([str(before), str(after)]))
     assert found.test is not None
-    assert (found.test.method, found.test.pairs) == ("unpaired z", None)
+    assert (found.test.method, found.test.pairs) == ("unpaired t", None)
     assert "no pairs: two separate means" in shown(before, after)
     other = write(tmp_path / "c", {"piqa": LEARNED}, data_sha256="b")
     samples.path_of(other, "piqa").unlink()
@@ -143,7 +143,7 @@ def test_a_log_of_another_evaluation_is_not_used(tmp_path):
     samples.path_of(after, "piqa").write_text(samples.path_of(after, "piqa").read_text().replace(": 1.0", ": 0.0"))
     test = only(compare.compare([str(before), str(after)])).test
     assert test is not None
-    assert test.method == "unpaired z"
+    assert test.method == "unpaired t"
 
 
 def test_a_mean_of_leaf_tasks_is_tested_leaf_by_leaf(tmp_path):
@@ -188,7 +188,7 @@ def test_published_rows(tmp_path):
     report = compare.compare([THREE_T, "published:Pythia-1.0B"])
     hellaswag = only(report, "hellaswag")
     assert hellaswag.test is not None
-    assert hellaswag.test.method == "unpaired z"
+    assert hellaswag.test.method == "unpaired t"
     # sqrt of .592 .408 / 10042 + .4716 .5284 / 10042
     assert hellaswag.test.stderr == pytest.approx(0.0069905, abs=1e-6)
     assert hellaswag.verdict == "worse"

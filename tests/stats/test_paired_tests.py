@@ -160,7 +160,8 @@ def test_separate_scores():
     """Agresti and Caffo (2000): one right and one wrong answer more for each; 2 of 2 against 0 of 2 is no difference."""
     found = separate(describe([1.0, 1.0]), describe([0.0, 0.0]))
     assert found.difference == -1
-    assert found.p == pytest.approx(normal_tail(0.5 / math.sqrt(2 * 0.1875 / 4)))
+    # z of 0.5, and Student's t of 2 * (2 + 1) degrees of freedom, 2.4469 at 5%
+    assert found.p == pytest.approx(normal_tail(0.5 / math.sqrt(2 * 0.1875 / 4) * 1.959964 / 2.446912), rel=1e-5)
     assert found.p > ALPHA
     assert found.pairs is None
     large = separate(describe([1.0] * 500 + [0.0] * 500), describe([1.0] * 560 + [0.0] * 440))
@@ -182,7 +183,28 @@ def test_the_mean_of_tasks_that_are_not_all_paired():
     found = mean_of(parts)
     assert found.difference == pytest.approx(0.1)
     assert found.stderr == pytest.approx(parts[0].stderr / 2)
-    assert (found.method, found.pairs) == ("unpaired z over tasks", None)
+    assert (found.method, found.pairs) == ("unpaired t over tasks", None)
+
+
+def test_false_alarms_of_scores_that_are_not_paired():
+    """Exactly, over all outcomes: the share of them where equal models differ "significantly", whatever they are."""
+    for first, second in ((2, 2), (4, 4), (12, 12), (25, 25), (1, 50), (2, 100), (10, 60)):
+        scores = [[describe([1.0] * k + [0.0] * (n - k)) for k in range(n + 1)] for n in (first, second)]
+        found = np.array([[separate(a, b).p < ALPHA for b in scores[1]] for a in scores[0]])
+        for share in (0.1, 0.3, 0.5, 0.8):
+            chances = [
+                [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)] for n in (first, second)
+            ]
+            assert (np.outer(*chances) * found).sum() <= 0.06, (first, second, share)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_false_alarms_of_means_of_tasks_that_are_not_paired(count):
+    """At most 6%, with the error of 400 comparisons; the plain differences of few items would be "significant" in 12%."""
+    generator = np.random.default_rng(count)
+    values = generator.integers(0, 2, (400, 10, 2, count)).astype(float)
+    found = [mean_of([separate(describe(a), describe(b)) for a, b in tasks]).p < ALPHA for tasks in values]
+    assert np.mean(found) <= 0.09
 
 
 def rare(generator, count):

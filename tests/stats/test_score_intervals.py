@@ -133,20 +133,22 @@ def test_a_micro_average_is_weighed_by_its_tasks():
     assert 0.93 <= suite_coverage(sizes, shares, sizes / sizes.sum()) <= 0.97
 
 
-def clustered(generator, clusters, size, share, alike):
+def clustered(generator, clusters, size, share, alike, geometric=False):
     """Values and cluster numbers of beta-binomial clusters with this intra-class correlation, of different sizes."""
     sizes = generator.integers(size // 2, size + size // 2 + 1, clusters)
+    if geometric:
+        sizes = generator.geometric(1 / size, clusters)
     scale = 1 / alike - 1
     rates = generator.beta(share * scale, (1 - share) * scale, clusters)
     groups = np.repeat(np.arange(clusters), sizes)
     return (generator.random(len(groups)) < rates[groups]).astype(float), groups
 
 
-def cluster_coverage(clusters, share, runs, seed=0, alike=0.3, size=16) -> tuple[float, float]:
+def cluster_coverage(clusters, share, runs, seed=0, alike=0.3, size=16, geometric=False) -> tuple[float, float]:
     """How often the interval holds the share, with the clusters and without knowing of them."""
     generator, held = np.random.default_rng(seed), np.zeros(2)
     for _ in range(runs):
-        values, groups = clustered(generator, clusters, size, share, alike)
+        values, groups = clustered(generator, clusters, size, share, alike, geometric)
         for place, known in enumerate((groups.tolist(), None)):
             found = interval(describe(values, known))
             held[place] += found.low <= share <= found.high
@@ -197,6 +199,26 @@ def test_coverage_of_many_simulated_clusters(clusters, share):
     assert unknown < 0.75
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("geometric", [False, True])
+@pytest.mark.parametrize("clusters", [20, 40, 100])
+def test_coverage_of_clusters_that_are_nearly_all_wrong(clusters, geometric):
+    """At 5%, where the clusters that were seen say little of how much they differ."""
+    known, _ = cluster_coverage(clusters, 0.05, 4000, geometric=geometric)
+    print(clusters, geometric, known)
+    assert 0.925 <= known <= 0.985
+
+
 def test_degrees_of_freedom_of_equal_clusters():
-    assert intervals._freedom(np.full(7, 1 / 7)) == pytest.approx(6)
-    assert intervals._freedom(np.full(1000, 1e-3)) == pytest.approx(999)
+    assert intervals._freedom(np.full(7, 1 / 7), np.ones(7)) == pytest.approx(6)
+    assert intervals._freedom(np.full(1000, 1e-3), np.ones(1000)) == pytest.approx(999)
+
+
+def test_degrees_of_freedom_of_clusters_of_several_sizes():
+    """As Bell and McCaffrey define them: of the clusters' deviations I - p 1' from the mean, weighed for CR2."""
+    parts, variances = np.array([0.4, 0.3, 0.2, 0.1]), np.array([3.0, 2.0, 2.0, 0.5])
+    deviations = np.eye(4) - np.outer(parts, np.ones(4))
+    scale = np.diag(1 / np.sqrt(1 - parts))
+    matrix = scale @ deviations @ np.diag(variances) @ deviations.T @ scale
+    wanted = np.trace(matrix) ** 2 / np.trace(matrix @ matrix)
+    assert intervals._freedom(parts, variances) == pytest.approx(wanted)

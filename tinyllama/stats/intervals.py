@@ -17,7 +17,6 @@ import numpy as np
 from tinyllama.stats.student import Z95, t95
 
 STEPS = 60  # of the bisection: more digits than a double has
-DENSE = 400  # clusters up to which the degrees of freedom are computed in full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,42 +96,51 @@ def describe(
     if count < 2:
         return Estimate(mean, None, 1.0, math.inf if share else 0.0, 1.0, share)
     stderr = math.sqrt(count / (count - 1) * float((sums**2).sum()))
-    variance = float((sums**2 / (1 - parts)).sum())  # CR2 (Bell and McCaffrey 2002), for a mean
     if not share:
-        return Estimate(mean, stderr, units, _freedom(parts), units, share)
-    return Estimate(mean, stderr, _effective(mean, variance, array, weights, parts), _freedom(parts), units)
+        return Estimate(mean, stderr, units, _freedom(parts, parts**2), units, share)
+    effective, alike = _effective(mean, sums, array, weights, numbers)
+    alone = np.bincount(numbers, weights**2)
+    return Estimate(mean, stderr, effective, _freedom(parts, alike * parts**2 + (1 - alike) * alone), units)
 
 
-def _effective(mean: float, variance: float, values: np.ndarray, weights: np.ndarray, parts: np.ndarray) -> float:
-    """The number of independent right or wrong answers with this variance: at least one for each cluster.
+def _effective(
+    mean: float, sums: np.ndarray, values: np.ndarray, weights: np.ndarray, numbers: np.ndarray
+) -> tuple[float, float]:
+    """The number of independent right or wrong answers with the variance of the clusters (sums: their weighted deviations,
+    (G,)), at least one for each cluster, and how alike (0 to 1) the items of a cluster are.
 
     Where the mean is near 0 or 1, so that most clusters look alike, and where all are, the few seen say little about their
-    spread: a cluster whose items are all right or all wrong is added to what was seen, with the weight k. Items of a cluster
+    spread: a cluster whose items are all right or all wrong is added to what was seen, with the weight k. Its growth with
+    the number of clusters is that of the skewness that is left in the variance; simulated, not derived. Items of a cluster
     are never taken to be less alike than independent ones.
     """
-    most = mean * (1 - mean)
+    parts, alone = np.bincount(numbers, weights), float((weights**2).sum())
+    together, most, count = float((parts**2).sum()), mean * (1 - mean), len(sums)
     if most <= 0:
-        return 1 / float((parts**2).sum())
-    k, count = 0.1 + 0.9 * (1 - 2 * mean) ** 2, len(parts)
-    variance = ((count - 1) * variance + k * most * float((parts**2).sum())) / (count - 1 + k)
-    if count < len(values):
-        spread = float((weights**2 * (values - mean) ** 2).sum()) * len(values) / (len(values) - 1)
-        variance = max(variance, spread)
-    return most / variance
+        return 1 / together, 1.0
+    variance = float((sums**2 / (1 - parts)).sum())  # CR2 (Bell and McCaffrey 2002), for a mean
+    k = 0.1 + 0.3 * math.sqrt(count) * (1 - 2 * mean) ** 2
+    variance = ((count - 1) * variance + k * most * together) / (count - 1 + k)
+    if count == len(values):
+        return most / variance, 0.0
+    spread = float((weights**2 * (values - mean) ** 2).sum()) * len(values) / (len(values) - 1)
+    variance = max(variance, spread)
+    return most / variance, min(1.0, (variance / spread - 1) * alone / (together - alone))
 
 
-def _freedom(parts: np.ndarray) -> float:
-    """Bell and McCaffrey's (2002) degrees of freedom of the variance, where all items of a cluster are alike.
+def _freedom(parts: np.ndarray, variances: np.ndarray) -> float:
+    """Bell and McCaffrey's (2002) degrees of freedom of the variance, for clusters' sums that vary in these proportions.
 
-    parts: of each cluster in the mean, (G,). Of equal clusters G - 1.
+    parts: of each cluster in the mean, (G,). Of equal clusters G - 1. Trace and squares of (I - 1 p') V (I - p 1') between
+    the CR2 factors, written out, as the matrix of many clusters is large.
     """
-    if len(parts) > DENSE:
-        return max(1.0, float((parts**2).sum() ** 2 / (parts**4).sum()) - 1)
-    tau = parts**2
-    omega = np.diag(tau) - np.outer(parts, tau) - np.outer(tau, parts) + np.outer(parts, parts) * tau.sum()
-    scale = 1 / np.sqrt(1 - parts)
-    scaled = scale[:, None] * omega * scale
-    return float(np.trace(scaled) ** 2 / (scaled**2).sum())
+    scale, total = 1 / np.sqrt(1 - parts), float(variances.sum())
+    a, b, diagonal = parts * scale, variances * scale, variances * scale**2
+    trace = float((diagonal - 2 * a * b + total * a**2).sum())
+    aa, ab, bb = float(a @ a), float(a @ b), float(b @ b)
+    squares = float((diagonal * (diagonal + 2 * total * a**2 - 4 * a * b)).sum())
+    squares += 2 * aa * bb + 2 * ab**2 + total**2 * aa**2 - 4 * total * aa * ab
+    return max(1.0, trace**2 / squares)
 
 
 def wilson(successes: float, count: float, quantile: float = Z95) -> Interval:

@@ -46,7 +46,8 @@ class Difference:
     """A difference, its standard error and interval, and the p-value: how often equal models differ as much.
 
     interval: None where nothing is known of the error. pairs: items that both models answered; None where the test is not
-    paired. clusters: that these items are in; None where each is by itself.
+    paired. clusters: that these items are in; None where each is by itself. center, dof: of the interval before it is cut;
+    None where it is around the difference itself.
     """
 
     difference: float
@@ -56,6 +57,8 @@ class Difference:
     method: str
     pairs: int | None = None
     clusters: int | None = None
+    center: float | None = None
+    dof: float = math.inf
 
 
 def normal_tail(z: float) -> float:
@@ -83,7 +86,8 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> Difference:
     middle = (gained - lost) / (count + 2)
     stderr = math.sqrt(discordant + 1 - (gained - lost) ** 2 / (count + 2)) / (count + 2)
     interval = Interval(max(-1.0, middle - Z95 * stderr), min(1.0, middle + Z95 * stderr), "Agresti-Min")
-    return Difference((gained - lost) / count, stderr, interval, binomial_p(gained, lost), "McNemar, exact", count)
+    p = binomial_p(gained, lost)
+    return Difference((gained - lost) / count, stderr, interval, p, "McNemar, exact", count, center=middle)
 
 
 def sign_flip_p(parts: np.ndarray, draws: int = DRAWS, seed: int = SEED) -> tuple[float, str]:
@@ -149,52 +153,65 @@ def paired(parts: Sequence[Pairs], share: bool = True) -> Difference:
     variance = math.fsum(variances) + largest**2
     difference = math.fsum(math.fsum(unit) for unit in units)
     spread = math.fsum(v**2 / dof for v, dof in zip(variances, dofs, strict=True))
-    stderr, quantile = math.sqrt(variance), t95(variance**2 / spread if spread else math.inf)
+    stderr, dof = math.sqrt(variance), variance**2 / spread if spread else math.inf
+    quantile = t95(dof)
     low, high = difference - quantile * stderr, difference + quantile * stderr
     found = Interval(max(-1.0, low), min(1.0, high), "t") if share else Interval(low, high, "t")
     clusters = None if all(n is None for n in numbers) else sum(map(len, units))
     pairs = sum(len(before) for before, _, _ in cleaned)
-    return Difference(difference, stderr, found, p, f"sign flip, {how}", pairs, clusters)
+    return Difference(difference, stderr, found, p, f"sign flip, {how}", pairs, clusters, dof=dof)
 
 
 def separate(first: Estimate, second: Estimate) -> Difference:
     """Two scores from items that cannot be paired. Shares: Agresti and Caffo's (2000) test, with one right and one wrong
-    answer more for each, so that few items that are all right have an error too. Other units: Welch's t-test.
+    answer more for each, so that few items that are all right have an error too, and Student's t for the normal
+    distribution, which finds too many differences between few items or few and many. Other units: Welch's t-test.
     """
     if not first.share:
         errors = [part.stderr or 0.0 for part in (first, second)]
         dofs = [max(1.0, part.dof) for part in (first, second)]
-        return _student(second.value - first.value, errors, dofs, "unpaired t")
-    values, errors = [], []
+        difference = second.value - first.value
+        return _student(difference, difference, errors, dofs, "unpaired t")
+    values, errors, dofs = [], [], []
     for part in (first, second):
         count = part.effective_n
         shrunk = (part.value * count + 1) / (count + 2)
         values.append(shrunk)
         errors.append(math.sqrt(shrunk * (1 - shrunk) / (count + 2)))
-    stderr, middle = math.hypot(*errors), values[1] - values[0]
-    dof = min(first.dof, second.dof)
-    half = t95(dof) * stderr
-    found = Interval(max(-1.0, middle - half), min(1.0, middle + half), "Agresti-Caffo")
-    p = normal_tail(middle / stderr * Z95 / t95(dof))
-    return Difference(second.value - first.value, stderr, found, p, "unpaired z")
+        dofs.append(max(1.0, min(part.dof, count + 1)))
+    found = _student(second.value - first.value, values[1] - values[0], errors, dofs, "unpaired t")
+    return _within_shares(found)
 
 
-def _student(difference: float, errors: Sequence[float], dofs: Sequence[float], method: str) -> Difference:
+def _within_shares(found: Difference) -> Difference:
+    """With an interval of shares, which differ by at most 1."""
+    assert found.interval is not None
+    low, high = max(-1.0, found.interval.low), min(1.0, found.interval.high)
+    return dataclasses.replace(found, interval=dataclasses.replace(found.interval, low=low, high=high))
+
+
+def _student(
+    difference: float, center: float, errors: Sequence[float], dofs: Sequence[float], method: str
+) -> Difference:
+    """Of independent errors, with Satterthwaite's degrees of freedom. center: what is tested, and the interval's middle."""
     variance = math.fsum(error**2 for error in errors)
     if not variance:
         return Difference(difference, 0.0, None, 1.0, method)
     dof = variance**2 / math.fsum(error**4 / dof for error, dof in zip(errors, dofs, strict=True))
     stderr, quantile = math.sqrt(variance), t95(dof)
-    found = Interval(difference - quantile * stderr, difference + quantile * stderr, "t")
+    found = Interval(center - quantile * stderr, center + quantile * stderr, "t")
     # The normal tail of a z that is 1.96 where t is at its 97.5% quantile: exact at 5%, near it elsewhere.
-    return Difference(difference, stderr, found, normal_tail(difference / stderr * Z95 / quantile), method)
+    p = normal_tail(center / stderr * Z95 / quantile)
+    return Difference(difference, stderr, found, p, method, center=center, dof=dof)
 
 
 def mean_of(tests: Sequence[Difference], share: bool = True) -> Difference:
-    """The difference of unweighted means of independent parts (a suite's tasks), not all paired, from their tests."""
+    """The difference of unweighted means of independent parts (a suite's tasks), not all paired, from their tests.
+
+    Where a part's error is that of a shrunken difference (few right or wrong answers), so is what is tested here.
+    """
     difference = math.fsum(test.difference for test in tests) / len(tests)
-    stderr = math.sqrt(math.fsum(test.stderr**2 for test in tests)) / len(tests)
-    p = normal_tail(difference / stderr) if stderr else 1.0
-    low, high = difference - Z95 * stderr, difference + Z95 * stderr
-    found = Interval(max(-1.0, low), min(1.0, high), "normal") if share else Interval(low, high, "normal")
-    return Difference(difference, stderr, found, p, "unpaired z over tasks")
+    center = math.fsum(test.difference if test.center is None else test.center for test in tests) / len(tests)
+    errors = [test.stderr / len(tests) for test in tests]
+    found = _student(difference, center, errors, [test.dof for test in tests], "unpaired t over tasks")
+    return _within_shares(found) if share and found.interval else found

@@ -10,15 +10,10 @@ from typing import Any
 from evalsuite import suites
 from evalsuite.headline import kind
 from tinyllama.stats.intervals import Estimate, combined
-from tinyllama.units import SHARE, unit_of
+from tinyllama.units import SHARE
+from tinyllama.units import of_entry as unit
 
 Parts = list[tuple[float, Estimate]]  # independent parts of a score, each with its weight
-
-
-def unit(entry: dict[str, Any]) -> str:
-    """Of a benchmark's or a suite's entry; files from before units were written say the metric's name."""
-    known = entry.get("unit")
-    return str(known) if known is not None else unit_of(entry.get("metric"), entry["value"])
 
 
 def estimate(entry: dict[str, Any], share: bool, count: int | None = None) -> Estimate:

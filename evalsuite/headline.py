@@ -60,10 +60,10 @@ def refuse_mixed_units(suites: Iterable[Any], prepared: Iterable[Any]) -> None:
         kinds = {kind(metric, unit_of(metric), higher) for metric, higher in known.values()}
         if len(kinds) > 1:
             told = ", ".join(f"{name} in {words(unit_of(metric)) or metric}" for name, (metric, _) in known.items())
-            raise UserError(
-                f"suite {suite.name} has no mean: {told}",
-                fix="give each kind of score a suite of its own, or name a metric",
-            )
+            fix = "give each kind of score a suite of its own, or name a metric"
+            if any(unit_of(metric) == OTHER for metric, _ in known.values()):
+                fix += "; a share's name has a word like acc, match or correct in it (my_match)"
+            raise UserError(f"suite {suite.name} has no mean: {told}", fix=fix)
 
 
 def kind(metric: str | None, unit: str, higher: bool) -> tuple[str, str, bool]:

@@ -114,7 +114,8 @@ def add_intervals(entry: dict[str, Any], found: Sequence[Item]) -> None:
     `clusters`: how many there are, where some hold several items.
     """
     leaves = by_leaf(found)
-    unit = entry["unit"] = unit_of(entry["metric"], entry["value"])
+    values = (entry["value"], *(item.value for item in found))
+    unit = entry["unit"] = unit_of(entry["metric"], *values, task=entry.get("task"))
     for part, own in [(entry, found), *((leaf, leaves.get(name, [])) for name, leaf in entry["leaves"].items())]:
         how = averagings(part["value"], own, entry["metric"])
         kinds = sorted(how, key=lambda kind: kind != part.get("mean"))  # the benchmark's own first

@@ -151,7 +151,7 @@ class Changed:
 
 def changed(before: dict[str, Any], after: dict[str, Any], task: str) -> Changed | None:
     """What changed between two models' answers; None where the per-item logs are gone or no log of the score's items."""
-    unit = _unit(before["tasks"][task])
+    unit = units.of_entry(before["tasks"][task])
     logs = [_items(found, task) for found in (before, after)]
     others = {item.key: item.value for item in logs[1]}
     common = [item for item in logs[0] if item.key in others]
@@ -171,11 +171,6 @@ def changed(before: dict[str, Any], after: dict[str, Any], task: str) -> Changed
 def _items(found: dict[str, Any], task: str) -> list[item_log.Item]:
     file = Path(found["results"]).parent / "samples" / f"{task}.jsonl"
     return item_log.read(file, found["tasks"][task]["metric_key"]) if file.exists() else []
-
-
-def _unit(entry: dict[str, Any]) -> str:
-    known = entry.get("unit")
-    return str(known) if known is not None else units.unit_of(entry.get("metric"), entry["value"])
 
 
 def rows(baseline: dict[str, Any], bench: dict[str, Any]) -> list[list[str]]:
@@ -208,7 +203,7 @@ def score_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> l
     found = []
     for name in before["suites"].keys() & after["suites"].keys():
         suites = [scored["suites"][name] for scored in (before, after)]
-        if _unit(suites[0]) == _unit(suites[1]):
+        if units.of_entry(suites[0]) == units.of_entry(suites[1]):
             found.append(_score_row(f"{name}, mean", suites[0], suites[1], ""))
     for name, old in before["tasks"].items():
         new = after["tasks"].get(name)
@@ -221,7 +216,7 @@ def score_rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> l
 
 def _score_row(name: str, old: dict[str, Any], new: dict[str, Any], more: str) -> list[str]:
     """Name with its unit, both values and their difference."""
-    unit = _unit(old)
+    unit = units.of_entry(old)
     values = [found["value"] for found in (old, new)]
     words = "%" if unit == units.SHARE else units.words(unit)
     heading = name if words in ("", name.rpartition(", ")[2].replace("_", " ")) else f"{name} {words}"

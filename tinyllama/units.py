@@ -7,6 +7,7 @@ points, written as they are; so are bits per byte, perplexities, and every metri
 from __future__ import annotations
 
 import re
+from typing import Any
 
 SHARE, POINTS, OTHER = "share", "points", ""
 PARTS = frozenset(
@@ -30,17 +31,25 @@ KNOWN = {
     "bits_per_byte": "bits per byte", "bpb": "bits per byte", "byte_perplexity": "perplexity per byte",
     "word_perplexity": "perplexity per word", "perplexity": "perplexity", "ppl": "perplexity", "loss": "nats", "nll": "nats",
     "likelihood_diff": "nats", "loglikelihood": "nats", "bleu": POINTS, "chrf": POINTS, "chrfpp": POINTS, "ter": POINTS,
+    "chrf++": POINTS,
     "brier_score": OTHER, "mcc": OTHER, "matthews_corrcoef": OTHER, "anls": SHARE, "extraction_rate": SHARE,
 }  # fmt: skip
 LOWER_IS_BETTER = frozenset(
     {"bits_per_byte", "bpb", "byte_perplexity", "word_perplexity", "perplexity", "ppl", "loss", "nll", "ter", "wer", "cer",
      "brier_score"}
 )  # fmt: skip
+IN_POINTS = (
+    "squadv2",
+    "scrolls_",
+)  # lm-eval's tasks whose F1 and exact match are between 0 and 100, even if one is 0.9
 NOT_SHARES = ("bert", "bleurt", "diff", "nli")  # in a name: of scales of their own
 
 
-def unit_of(metric: str | None, value: float | None = None) -> str:
-    """A metric's unit by its name (None: a share, as published rows are); value: of a share, which cannot be above 1."""
+def unit_of(metric: str | None, *values: float, task: str | None = None) -> str:
+    """A metric's unit by its name (None: a share, as published rows are).
+
+    values: the score, and its items' scores; no share is outside of 0 to 1. task: lm-eval's name of it.
+    """
     if metric is None:
         return SHARE
     name = metric.partition(",")[0].lower()
@@ -48,7 +57,15 @@ def unit_of(metric: str | None, value: float | None = None) -> str:
     if unit is None:
         parts = {part for part in re.split(r"[^a-z0-9]+", name) if part}
         unit = SHARE if parts & PARTS and not any(word in name for word in NOT_SHARES) else OTHER
-    return POINTS if unit == SHARE and value is not None and not -1e-9 <= value <= 1 + 1e-9 else unit
+    if unit == SHARE and (str(task).startswith(IN_POINTS) or not all(-1e-9 <= value <= 1 + 1e-9 for value in values)):
+        return POINTS
+    return unit
+
+
+def of_entry(entry: dict[str, Any]) -> str:
+    """Of a task's or a suite's entry in results.json; files from before units were written say the metric's name."""
+    known = entry.get("unit")
+    return str(known) if known is not None else unit_of(entry.get("metric"), entry["value"], task=entry.get("task"))
 
 
 def lower_is_better(metric: str) -> bool:

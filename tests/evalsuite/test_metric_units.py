@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evalsuite import aggregate, compare, compare_output, gate, headline, runner, samples, table
+from evalsuite import (
+    aggregate,
+    compare,
+    compare_output,
+    gate,
+    headline,
+    runner,
+    samples,
+    table,
+)
 from evalsuite.suites import benchmark
 from tinyllama import item_log, units
 from tinyllama.errors import UserError
@@ -159,7 +168,20 @@ def test_a_share_of_45_is_in_points():
     """SQuAD's F1 is between 0 and 100 in lm-eval."""
     assert units.unit_of("f1", 45.3) == "points"
     assert units.text(45.3, "points") == "45.300"
+    # Of a weak model it is below 1, and yet not 90%.
+    assert units.unit_of("f1", 0.9, task="squadv2") == "points"
+    assert units.of_entry({"metric": "HasAns_f1", "value": 0.9, "task": "squadv2"}) == "points"
+    assert units.unit_of("chrf++") == "points"
     assert [units.text(v, "share") for v in (0.5, 1.0)] == ["50.00", "100.00"]
+
+
+def test_items_above_1_are_no_shares(tmp_path):
+    """Points of items, three of 0 and one of 2: their mean of 0.5 is not 50%."""
+    write(tmp_path / "a", {"mine": ("match", 0.5, lines("mine", "match", [0.0, 0.0, 0.0, 2.0]))})
+    entry = json.loads((tmp_path / "a" / "results.json").read_text())["tasks"]["mine"]
+    assert entry["unit"] == "points"
+    assert entry["ci95"]["low"] < 0.5 < entry["ci95"]["high"]
+    assert compare.compare([str(tmp_path / "a")]).models[0].scores["mine"].unit == "points"
 
 
 @pytest.mark.parametrize(

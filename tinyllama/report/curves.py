@@ -225,10 +225,6 @@ def _bits_per_byte(runs: Named) -> Picture | None:
     )
 
 
-def _unit(entry: dict[str, Any]) -> str:
-    return units.unit_of(entry.get("metric"), entry["value"])
-
-
 def _end(entry: dict[str, Any], factor: float, sign: int) -> float | None:
     """An end of a score's interval: what was logged, else of its standard error; a share stays between 0 and 1."""
     if entry.get("ci95"):
@@ -236,7 +232,7 @@ def _end(entry: dict[str, Any], factor: float, sign: int) -> float | None:
     if entry.get("stderr") is None:
         return None
     end = entry["value"] + sign * 1.96 * entry["stderr"]
-    return float(factor * (min(1.0, max(0.0, end)) if _unit(entry) == units.SHARE else end))
+    return float(factor * (min(1.0, max(0.0, end)) if units.of_entry(entry) == units.SHARE else end))
 
 
 def _scores(runs: Named) -> Picture | None:
@@ -244,13 +240,13 @@ def _scores(runs: Named) -> Picture | None:
     every = [entry for _, run in runs for _, scores in run.evaluation for entry in scores.values()]
     if not every:
         return None
-    unit = units.SHARE if any(_unit(entry) == units.SHARE for entry in every) else _unit(every[0])
+    unit = units.SHARE if any(units.of_entry(entry) == units.SHARE for entry in every) else units.of_entry(every[0])
     factor = units.scale(unit)
     for number, (name, run) in enumerate(runs):
         tasks = list(dict.fromkeys(task for _, scores in run.evaluation for task in scores))
         for place, task in enumerate(tasks):
             points = [(x, s[task]) for x, s in run.evaluation if task in s]
-            if _unit(points[0][1]) != unit:
+            if units.of_entry(points[0][1]) != unit:
                 left_out.append(task)
                 continue
             values = [factor * entry["value"] for _, entry in points]

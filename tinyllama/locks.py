@@ -29,6 +29,7 @@ STALE_S = 20.0  # a record of another machine that stands still for this long is
 SETTLE_S = 1.0  # for a record to reach other machines
 ENDING_S = 20.0  # for the last processes of a holder that was killed
 NAME = ".lock"
+MAX_TRIES = 100
 # flock of these is one for all who can see the file.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "ramfs", "bcachefs"}
 
@@ -148,12 +149,15 @@ def give_back_all() -> None:
 
 
 def _take(path: Path, shown: Path, command: str) -> Lock:
-    deadline = None
+    deadline, tries = None, 0
     while True:
         made = _make_folders(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the holder before has just removed the folder that it had made
+            tries += 1
+            if tries > MAX_TRIES:  # or nothing can be made there, as in /proc
+                raise
             continue
         try:
             free, same = _flock(descriptor), _same(descriptor, path)

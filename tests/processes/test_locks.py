@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from tinyllama import locks
+from tinyllama.errors import UserError
 from tinyllama.processes import Owner
 
 
@@ -49,6 +50,7 @@ HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
 from tinyllama import locks
+from tinyllama.errors import UserError
 lock = locks.take(locks.inside(Path(sys.argv[1])), Path(sys.argv[1]), "the holder")
 if len(sys.argv) > 2:
     subprocess.Popen(["sleep", sys.argv[2]], pass_fds=[lock.descriptor], stdout=subprocess.DEVNULL)
@@ -181,3 +183,9 @@ def test_what_cannot_be_locked_is_one_line(tmp_path):
 def test_the_file_system_is_told_by_its_mount():
     assert locks.is_local(Path("/dev/shm/x")) or not os.path.ismount("/dev/shm")
     assert not locks.is_local(Path("/proc/x"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can make a file")
+def test_a_folder_where_nothing_can_be_made_is_an_error():
+    with pytest.raises(UserError, match=r"/proc/\.x\.lock"):
+        locks.take(Path("/proc/.x.lock"), Path("/proc/x"), "export")

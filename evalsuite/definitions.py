@@ -262,10 +262,11 @@ def _check_metric(benchmark: Benchmark, config: dict[str, Any]) -> list[str]:
 
 
 def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
-    """Overlays for one benchmark. data: a bundle's folder, or None for the hub."""
+    """Overlays for one benchmark. data: a bundle's folder, or None for the hub. scratch: made if it is not there."""
     from lm_eval.tasks import TaskManager
 
     names.checked(benchmark.name, "task")
+    scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="tasks-", dir=scratch))  # a name is a part of no path here
     definitions = stock_definitions(benchmark) if benchmark.yaml is not None else _indexed_definitions(benchmark)
     if benchmark.leaves is not None and len(definitions) != benchmark.leaves:

@@ -92,6 +92,7 @@ def eval_command(
 
     from evalsuite import backends
     from tinyllama.errors import UserError
+    from tinyllama.processes import guard_from_now_on
 
     if (model is None) == (rescore is None):
         raise UserError("--model and --rescore: one of them", fix="give a model, or an evaluation's folder")
@@ -138,6 +139,7 @@ def eval_command(
                 kept = " (kept from before)" if state == "kept" else ""
                 progress.console.print(f"{name}: {seconds:.1f} s{kept}", markup=False)
 
+        guard_from_now_on()  # the copies of the model, and who else works for it
         found = runner.evaluate(request, report)
     _show(found, target, as_json)
 

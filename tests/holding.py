@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conftest import ROOT, until
 
-# Runs first in each Python of the program; who: "command", "launcher" (DeepSpeed's), "rank N".
+# Runs first in each Python of the program; who: "command", "launcher" (DeepSpeed's), "rank N", "worker" (of a pool).
 HOOK = """
 import os, sys, time
 
@@ -20,7 +20,9 @@ def hook():
     role = f"rank {os.environ['RANK']}" if "RANK" in os.environ else "command"
     if "deepspeed.launcher.launch" in sys.orig_argv and role == "command":
         role = "launcher"
-    if role != who or "multiprocessing.spawn" in str(sys.orig_argv):
+    if "multiprocessing.spawn" in str(sys.orig_argv):
+        role = "worker"
+    if role != who:
         return
     left = int(left)
 

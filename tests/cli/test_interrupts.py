@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, members, until
+from conftest import ROOT, members, preparing, until
 from holding import Hold
 
 COMMANDS = {
@@ -48,6 +48,21 @@ def test_a_signal_is_one_line_and_leaves_nothing(command, number, tmp_path):
         "error: interrupted; what was finished is kept, run the same command again to continue"
     ]
     assert list(work.iterdir()) == []
+    assert until(lambda: not members(f"HERE={tmp_path}"))
+
+
+def test_workers_that_still_import_end_with_a_command_that_is_killed(corpus, tokenizer_model, tmp_path):
+    hold = Hold(tmp_path, "worker|import|numpy")
+    arguments = preparing(corpus / "prose.jsonl", tmp_path / "store", tokenizer_model)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllama", *map(str, arguments), "--workers", "2"],
+        cwd=ROOT,
+        env={**os.environ, **hold.environment, "HERE": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+    hold.wait(process)
+    process.kill()
+    process.wait()
     assert until(lambda: not members(f"HERE={tmp_path}"))
 
 

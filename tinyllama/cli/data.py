@@ -76,6 +76,7 @@ def prepare(
     from tinyllama.data.executors import ClusterOptions
     from tinyllama.data.prepare import prepare as run
     from tinyllama.errors import ConfigError
+    from tinyllama.processes import guard_from_now_on
     from tinyllama.tokenizer.sentencepiece_model import Tokenizer
 
     known = read_preset(preset)
@@ -92,6 +93,8 @@ def prepare(
     )
     addresses = inputs or ([known.address] if known.address else [])
     loaded = Tokenizer.load(tokenizer)
+    if executor == "local":  # jobs of a cluster outlive this command, on this machine too
+        guard_from_now_on()  # workers that are importing still notice its end only later
     with _PrepareProgress() as progress:
         result = run(
             addresses,

@@ -126,7 +126,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
 
 
 WRONG = [
-    ("a.jsonl", gzip.compress(LINES), r"is gzip, not JSON lines; .*\.jsonl\.gz"),
+    ("a.jsonl", gzip.compress(LINES, mtime=0), r"is gzip, not JSON lines; .*\.jsonl\.gz"),
     ("a.jsonl", zstandard.compress(LINES), r"is zstandard, not JSON lines; .*\.jsonl\.zst"),
     ("a.jsonl", b"PAR1....PAR1", "is parquet, not JSON lines"),
     ("a.jsonl", b"<!DOCTYPE html>\n<p>404", "is HTML, not JSON lines"),
@@ -136,7 +136,7 @@ WRONG = [
     ("a.jsonl", LINES.decode().encode("utf-16-le"), "is UTF-16 or binary"),
     ("a.jsonl.gz", LINES, r"is JSON, not gzip; .*\.jsonl$"),
     ("a.jsonl.gz", zstandard.compress(LINES), "is zstandard, not gzip"),
-    ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is gzip, not JSON lines"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(LINES, mtime=0), mtime=0), "is gzip, not JSON lines"),
     ("a.jsonl.zst", b"<html><body>404", "is HTML, not zstandard"),
     ("a.jsonl.zst", zstandard.compress(b"<html><body>404"), "is HTML, not JSON lines"),
     ("a.parquet", LINES, "is JSON, not parquet"),
@@ -160,7 +160,7 @@ def test_a_first_byte_that_denies_the_name_is_one_line(tmp_path, name, content, 
         ("Grüße".encode("latin-1"), r"is not UTF-8 \("),
         ("Grüße".encode("utf-16"), "is not UTF-8 text: it looks like UTF-16"),
         ("plain words".encode("utf-16-le"), "is not UTF-8 text: it looks like UTF-16 or binary"),
-        (gzip.compress(b"x"), "is not UTF-8 text: it looks like gzip"),
+        (gzip.compress(b"x", mtime=0), "is not UTF-8 text: it looks like gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
     ],
 )

@@ -66,6 +66,24 @@ def test_workers_that_still_import_end_with_a_command_that_is_killed(corpus, tok
     assert until(lambda: not members(f"HERE={tmp_path}"))
 
 
+def test_a_command_that_swallows_its_signal_is_ended():
+    """As a library can that catches everything, or is interrupted where Python drops what is raised (a callback)."""
+    program = """
+import contextlib, os, signal, sys, time
+from tinyllama.cli import app
+app.CLEAN_UP_S = 0.3
+app._stop_in_order(train=False)
+with contextlib.suppress(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+print("goes on", flush=True)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (143, "goes on\n")
+    assert "not ended 0.3 s later" in done.stderr
+
+
 def test_nohup_keeps_a_command_from_ending_with_its_terminal():
     code = "import signal; from tinyllama.cli import app; app._stop_in_order(False); signal.raise_signal(1); print(1)"
     done = subprocess.run(["nohup", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

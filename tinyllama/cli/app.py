@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from tinyllama import __version__
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import typer
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as of shells; after another signal 128 and its number
+CLEAN_UP_S = 30.0  # for a command to end in order after a signal: as long as Slurm and Kubernetes give
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one stops `train` alone
 AGAIN = 75  # of `train`, whatever stopped it: run the same command again
 SHOWN_CHARACTERS = 1500  # of each end of a message that is longer than two of these
@@ -117,7 +119,8 @@ def _stop_in_order(train: bool) -> list[int]:
     """Have SIGTERM, and the end of the terminal, unwind the stack as Ctrl-C does; the first one's number is in the list.
 
     train: leave at once instead, with the exit code that has a supervisor start the command again. Nothing is to be saved
-    until it has launched its ranks, and takes the signals over.
+    until it has launched its ranks, and takes the signals over. A library can swallow what is raised in the middle of it:
+    who is still here after CLEAN_UP_S is ended.
     """
     received: list[int] = []
 
@@ -126,6 +129,9 @@ def _stop_in_order(train: bool) -> list[int]:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)  # a second one would meet the clean-up of the first
         if not train:
+            end = threading.Timer(CLEAN_UP_S, _end, (number,))
+            end.daemon = True
+            end.start()
             raise KeyboardInterrupt
         print_error("stopped by a signal before the first step; run the same command again")
         if locks := sys.modules.get("tinyllama.locks"):
@@ -137,6 +143,13 @@ def _stop_in_order(train: bool) -> list[int]:
     for number in numbers:
         signal.signal(number, stop)
     return received
+
+
+def _end(number: int) -> None:
+    print_error(f"interrupted, and not ended {CLEAN_UP_S:g} s later: ended now; run the same command again to continue")
+    if locks := sys.modules.get("tinyllama.locks"):
+        locks.give_back_all()
+    os._exit(128 + number)
 
 
 def _interrupted(received: list[int]) -> None:

@@ -179,7 +179,7 @@ def refused(stores: Path, run: Path, *more: str) -> None:
         done = train(stores, run, *more, extra=("--resume", resume), check=False)
         assert done.returncode == 2
         assert [line[: len(told[0])] for line in done.stderr.splitlines()] == told
-    tinyllama("train", "--dry-run", "--output", run)
+    train(stores, run, *more, extra=("--dry-run",))
     plain = [
         sys.executable,
         str(ROOT / "train" / "pretrain.py"),

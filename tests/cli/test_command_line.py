@@ -47,7 +47,6 @@ def test_the_exit_code_stands_where_the_error_cannot_be_written():
     assert done.returncode == 2
 
 
-@pytest.mark.alone
 def test_an_error_is_one_line_of_text_whatever_value_it_shows(capsys):
     print_error("a\nb\x1b[31m\r\udcff é [red]; fix")
     assert capsys.readouterr().err == "error: a b\\x1b[31m\\r\\udcff é [red]; fix\n"
@@ -56,6 +55,7 @@ def test_an_error_is_one_line_of_text_whatever_value_it_shows(capsys):
     assert (len(shown) < 4000, shown.count("\n"), shown.endswith("; the fix\n")) == (True, 1, True)
 
 
+@pytest.mark.alone
 def test_help_takes_well_under_half_a_second():
     """Of the processor's time, of which it needs 0.3 s: what else this machine does is not its own."""
     tinyllama("--help")

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from tinyllama import model_source
 from tinyllama.errors import UserError, nearest
 
 
@@ -97,6 +96,8 @@ def kind(results: list[str]) -> str:
 
 def _refuse_no_result(name: str) -> None:
     """UserError for a path that does not exist, with the nearest that does; for a model, which has no scores by itself."""
+    from tinyllama import model_source
+
     path = Path(name)
     try:
         if not path.exists():

@@ -189,7 +189,7 @@ def refused(*arguments: object) -> str:
 
 def test_mistakes(export, tmp_path):
     assert "did you mean int8?" in refused(export, "--output", tmp_path / "q", "--quantize", "int9")
-    assert "neither a checkpoint nor a model" in refused(tmp_path, "--output", tmp_path / "q", "--quantize", "int8")
+    assert "is not a model: the folder is empty" in refused(tmp_path, "--output", tmp_path / "q", "--quantize", "int8")
     (tmp_path / "precious").mkdir()
     line = refused(export, "--output", tmp_path / "precious", "--quantize", "int8")
     assert "exists and is not an export" in line

@@ -103,7 +103,7 @@ def _packages() -> list[Path]:
     spec = importlib.util.find_spec("numpy")
     if spec is None or spec.origin is None:
         return []
-    folder = Path(spec.origin).parents[1]
+    folder = Path(spec.origin).resolve().parents[1]  # the environment may be a link
     return [folder / name for name in PACKAGES if (folder / name).is_dir()]
 
 

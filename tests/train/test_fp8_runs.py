@@ -46,7 +46,7 @@ def test_sequences_that_do_not_fit_are_one_line(stores, tmp_path):
         "training.precision=fp8",
         "data.sequence_length=60",
         "training.batch_tokens=720",
-        "training.tokens=1440",
+        "training.tokens=2880",
     )
     done = train(stores, tmp_path / "run", *settings, "training.micro_batch_sequences=2", ranks=1, check=False)
     assert done.returncode == 2

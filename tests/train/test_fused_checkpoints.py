@@ -14,6 +14,7 @@ from conftest import ROOT
 from test_pretrain import free_port
 
 from tinyllama import checkpoint
+from tinyllama.data.store import file_sha256
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import shapes
 from train.proof import add_sums, parameter_sums
@@ -30,6 +31,7 @@ MODEL = ModelConfig(
     num_key_value_heads=2,
     max_position_embeddings=32,
 )
+STATE = {"step": 1, "tokens": 64, "optimizer_steps": 1, "ranks": RANKS, "mixture_sha256": "0" * 64}
 KINDS = (checkpoint.WEIGHT, *checkpoint.MOMENTS)
 
 SCRIPT = """
@@ -97,8 +99,15 @@ def write_separately(folder: Path, seed: int) -> dict[str, torch.Tensor]:
         checkpoint.write_safetensors(folder / f"shard-{rank:05d}.safetensors", shard, lambda _: None)
     training = {"batch_tokens": 64, "micro_batch_sequences": 1, "tokens": 640}
     recipe = Recipe.from_dict({"model": MODEL.to_dict(), "data": {"sequence_length": 32}, "training": training})
-    (folder / "state.json").write_text(json.dumps({"recipe": recipe.to_dict()}))
+    (folder / "state.json").write_text(json.dumps({**STATE, "recipe": recipe.to_dict()}))
+    seal(folder)
     return whole
+
+
+def seal(folder: Path) -> None:
+    """Add the manifest, without which nothing is a checkpoint."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in folder.iterdir()}
+    (folder / "manifest.json").write_text(checkpoint.manifest_text(files))
 
 
 def test_checkpoints_with_separate_projections_load_under_every_stage_and_are_written_again(tmp_path):
@@ -117,6 +126,10 @@ def test_checkpoints_with_separate_projections_load_under_every_stage_and_are_wr
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)
     sums = add_sums([parameter_sums({f"{key}|0": tensor.flatten()}) for key, tensor in given.items()])
     for stage in (1, 3):
+        for written_as in ("loaded", "masters"):
+            folder = tmp_path / "out" / f"zero{stage}-{written_as}"
+            (folder / "state.json").write_text("{}")
+            seal(folder)
         loaded = checkpoint.Slices(tmp_path / "out" / f"zero{stage}-loaded")
         written = [name for shard in shards(tmp_path / "out" / f"zero{stage}-loaded") for name in shard]
         assert {name.rpartition("|")[0] for name in written} == set(given)

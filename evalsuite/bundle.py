@@ -34,15 +34,15 @@ def go_offline(cache: Path) -> None:
     os.environ["HF_HOME"] = str(cache)
 
 
-def find(data_dir: str) -> Path:
+def find(data_dir: str, setting: str = "--data-dir") -> Path:
     """The folder of a bundle; `mini` is the one in this package."""
     if data_dir == "mini":
         return Path(__file__).parent / "bundles" / "mini"
     path = Path(data_dir)
     if path.is_file() and path.name.endswith((".tar.zst", ".tar.gz")):
-        raise UserError(f"--data-dir {data_dir} is an archive", fix=f"unpack it: mkdir F && tar -xf {data_dir} -C F")
+        raise UserError(f"{setting} {data_dir} is an archive", fix=f"unpack it: mkdir F && tar -xf {data_dir} -C F")
     if not path.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a folder", fix="give a bundle's folder, or mini")
+        raise UserError(f"{setting} {data_dir} is not a folder", fix="give a bundle's folder, or mini")
     return path.resolve()
 
 

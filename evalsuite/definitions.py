@@ -17,7 +17,7 @@ from typing import Any
 
 from evalsuite import bundle as bundles
 from evalsuite import headline, leaves, names, passing, rows, task_config, yaml_files
-from evalsuite.suites import HUMANEVAL, PAPER, Benchmark, unknown_task
+from evalsuite.suites import HUMANEVAL, PAPER, Benchmark, select, unknown_task
 from evalsuite.tasks import paper_prompts
 from tinyllama.errors import UserError, nearest
 
@@ -294,6 +294,19 @@ def prepare(benchmark: Benchmark, data: Path | None, scratch: Path) -> Prepared:
     definition = _definition_sha256(definitions, benchmark.own)
     runs_programs = benchmark.runs_programs or any(leaf.runs_programs for leaf in found)
     return Prepared(benchmark, tasks, manager, digest, definition, generation, own, runs_programs)
+
+
+def prepare_for_training(tasks: str, data_dir: str | None, scratch: Path) -> list[Prepared]:
+    """Overlays for what a training run is scored on. UserError for what no run can be: also tasks that generate text."""
+    data = bundles.find(data_dir, "evaluation.data_dir") if data_dir else None
+    prepared = [prepare(benchmark, data, scratch) for benchmark in select(tasks)]
+    for task in prepared:
+        if task.generates:
+            raise UserError(
+                f"evaluation.tasks: {task.benchmark.name} generates text",
+                fix="evaluate it with tinyllama eval on a checkpoint",
+            )
+    return prepared
 
 
 def _definition_sha256(definitions: list[Definition], own: bool = False) -> str:

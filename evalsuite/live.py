@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from evalsuite import bundle, definitions, runner, samples, scorable, suites
+from evalsuite import bundle, definitions, runner, samples, scorable
 from evalsuite.counting import CountingHFLM
 from evalsuite.native import hf_config
 from tinyllama import scratch
@@ -111,17 +111,10 @@ class LiveEvaluation:
     ) -> None:
         self.limit, self._control = limit, control
         self._scratch = scratch.make("tinyllama-eval-")
-        data = bundle.find(data_dir) if data_dir else None
-        if data:
+        if data_dir:
             bundle.go_offline(self._scratch / "huggingface")
         runner.quieten()
-        self._prepared = [definitions.prepare(benchmark, data, self._scratch) for benchmark in suites.select(tasks)]
-        for task in self._prepared:
-            if task.generates:
-                raise UserError(
-                    f"evaluation.tasks: {task.benchmark.name} generates text",
-                    fix="evaluate it with tinyllama eval on a checkpoint",
-                )
+        self._prepared = definitions.prepare_for_training(tasks, data_dir, self._scratch)
         export_hf(tokenizer_model, self._scratch / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(self._scratch / "tokenizer")
         self._lm = LiveLM(forward, _Shape(model, device), tokenizer, batch_size, model.max_position_embeddings, control)

@@ -6,7 +6,6 @@ Nothing is written. ConfigError, DataError and CheckpointError say what, the val
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import stat
@@ -18,9 +17,9 @@ from tinyllama import checkpoint
 from tinyllama.data.durable import refuse_foreign
 from tinyllama.data.loader import HeldOut, Mixture
 from tinyllama.data.store import file_sha256
-from tinyllama.errors import CheckpointError, ConfigError, MissingExtraError
+from tinyllama.errors import CheckpointError, ConfigError
+from train import evaluation, start
 from train import plan as planning
-from train import start
 from train.recipe import Recipe
 from train.schedule import refuse_jump
 from train.state import refuse_other_run
@@ -52,11 +51,7 @@ def check_data(recipe: Recipe, data: Path, tokenizer: Path | None) -> Mixture:
     found = find_tokenizer(tokenizer, data, mixture)
     for source in mixture.sources:
         HeldOut(source, recipe.data.sequence_length).check(recipe.validation.max_sequences)
-    if recipe.evaluation.every_steps:
-        if found is None:
-            raise ConfigError("evaluation.every_steps without a tokenizer", fix="give --tokenizer")
-        if importlib.util.find_spec("lm_eval") is None:
-            raise MissingExtraError("lm_eval", "eval")
+    evaluation.check(recipe, found)
     return mixture
 
 

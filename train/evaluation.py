@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,27 @@ if TYPE_CHECKING:
     from train.recipe import Recipe
 
 EVALUATION = ("evalsuite.live", "LiveEvaluation")
+TASKS = ("evalsuite.definitions", "prepare_for_training")
+
+
+def check(recipe: Recipe, tokenizer: Path | None) -> None:
+    """UserError if the recipe asks for scores on the way that no run can have."""
+    if not recipe.evaluation.every_steps:
+        return
+    _needed(tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        getattr(importlib.import_module(TASKS[0]), TASKS[1])(
+            recipe.evaluation.tasks, recipe.evaluation.data_dir, Path(scratch)
+        )
+
+
+def _needed(tokenizer: Path | None) -> Path:
+    """The tokenizer, if there is one, and lm-eval."""
+    if tokenizer is None:
+        raise ConfigError("evaluation.every_steps without a tokenizer", fix="give --tokenizer")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm_eval", "eval")
+    return tokenizer
 
 
 class Evaluation:
@@ -30,10 +52,6 @@ class Evaluation:
     def __init__(
         self, recipe: Recipe, engine: DeepSpeedEngine, tokenizer: Path | None, control: Any, beat: Heartbeat
     ) -> None:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise MissingExtraError("lm_eval", "eval")
-        if tokenizer is None:
-            raise ConfigError("evaluation.every_steps without a tokenizer", fix="give --tokenizer")
         self._engine, self._beat = engine, beat
         settings = recipe.evaluation
         before = generators.read_state()
@@ -42,7 +60,7 @@ class Evaluation:
             model=recipe.model,
             device=engine.device,
             control=control,
-            tokenizer_model=tokenizer,
+            tokenizer_model=_needed(tokenizer),
             tasks=settings.tasks,
             data_dir=settings.data_dir,
             limit=settings.limit,

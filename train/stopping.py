@@ -17,7 +17,7 @@ from pathlib import Path
 
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-BEFORE = "stopped by a signal before the first step: run the same command again to continue"
+BEFORE = "stopped by a signal before the first step; run the same command again"
 
 
 def heeded() -> list[signal.Signals]:

@@ -146,7 +146,9 @@ class Campaign:
         command += more
         log = open(run.with_suffix(".log"), "a")
         environment = {**os.environ, "HERE": str(run)}
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment)
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment, preexec_fn=_heed_hangups
+        )
 
     def finish(self, run: Path) -> None:
         if (code := self.start(run).wait(timeout=600)) != 0:
@@ -285,6 +287,11 @@ class Campaign:
             "losses_compared": len(losses[1]),
             "losses_equal": losses[0] == losses[1],
         }
+
+
+def _heed_hangups() -> None:
+    """Under nohup a run would ignore SIGHUP, as it should; not here."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _equal(first: Path, second: Path) -> bool:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 from gpu_day import gpu_tests, pack, plan, rows
 from gpu_day.check import check_files, faults
 from gpu_day.conduct import KEPT_LOG, LOG_BYTES, ROWS, Day, descendants, table
@@ -205,7 +205,7 @@ def test_a_day_that_is_ended_from_outside_keeps_what_it_has_and_leaves_no_proces
     for line in process.stdout:
         if "install" in line:  # it has ended, and the next part begins
             break
-    time.sleep(0.5)
+    assert until(lambda: descendants(process.pid))
     below = descendants(process.pid)
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM

@@ -268,20 +268,18 @@ class Campaign:
         """Every checkpoint and every loss of the disturbed run against the undisturbed one's."""
         differing = []
         found = checkpoint.list_checkpoints(self.run)
-        for step, folder in found:
-            if step % SETTINGS["checkpoint.every_steps"] == 0:
-                sums = [
-                    checkpoint.read_json(path / "state.json")["proof"]["sums"]
-                    for path in (folder, self.whole / "checkpoints" / checkpoint.step_name(step))
-                ]
-                if sums[0] != sums[1] or not _equal(folder, self.whole / "checkpoints" / checkpoint.step_name(step)):
-                    differing.append(step)
+        both = [at for at in found if at[0] % SETTINGS["checkpoint.every_steps"] == 0]  # the rest are signals'
+        for step, folder in both:
+            other = self.whole / "checkpoints" / checkpoint.step_name(step)
+            sums = [checkpoint.read_json(path / "state.json")["proof"]["sums"] for path in (folder, other)]
+            if sums[0] != sums[1] or not _equal(folder, other):
+                differing.append(step)
         losses = [
             [(e["step"], e["loss"]) for e in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in e]
             for run in (self.run, self.whole)
         ]
         return {
-            "checkpoints_compared": len(found),
+            "checkpoints_compared": len(both),
             "checkpoints_differing": differing,
             "last_step": found[-1][0],
             "losses_compared": len(losses[1]),

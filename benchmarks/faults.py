@@ -355,7 +355,7 @@ def report(faults: list[Fault], result: dict[str, Any], seconds: float, skipped:
     for kind in dict.fromkeys(fault.kind for fault in faults):
         mine = [fault for fault in faults if fault.kind == kind]
         codes = sorted({fault.exit_code for fault in mine if fault.exit_code is not None})
-        lost = [fault.reached - (fault.resumed_from or 0) for fault in mine]
+        lost = [max(0, fault.reached - (fault.resumed_from or 0)) for fault in mine]  # none while starting
         down = [fault.down_s for fault in mine if fault.down_s is not None]
         phases = ", ".join(dict.fromkeys(fault.met for fault in mine if fault.phase))
         rows.append(

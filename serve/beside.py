@@ -8,7 +8,6 @@ all of its comparisons, suites too, corrected for their number.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,15 @@ from typing import Any
 
 from serve.bench import Workload
 from serve.source import Source
-from tinyllama import item_log, units
+from tinyllama import item_log, strict_json, units
 from tinyllama.errors import ConfigError, UserError
 from tinyllama.stats.paired import Difference, Pairs, paired
 from tinyllama.stats.student import t_quantile
 
 RESULTS_FORMAT = "tinyllama-results-1"
 KEPT = ("metric", "metric_key", "value", "stderr", "ci95", "n", "data_sha256", "higher_is_better", "unit")
+# What reading a file raises that has our format and not all of its fields.
+INCOMPLETE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError)
 # What must be the same for two speeds to say anything about two models.
 SAME = ("input_tokens", "output_tokens", "eager", "temperature", "prompts_file", "max_model_len")
 
@@ -33,14 +34,19 @@ def scores(results: str, source: Source) -> dict[str, Any]:
     """
     file = Path(results)
     file = file / "results.json" if file.is_dir() else file
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--scores {file} does not exist", fix="make it with: tinyllama eval --model MODEL") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--scores {file} is not JSON ({error})", fix="evaluate again") from None
-    if not isinstance(found, dict) or found.get("format") != RESULTS_FORMAT:
+    found = strict_json.read_object(
+        file, "--scores", missing="make it with: tinyllama eval --model MODEL", error=UserError
+    )
+    if found.get("format") != RESULTS_FORMAT:
         raise UserError(f"--scores {file} is no evaluation", fix="give what tinyllama eval wrote")
+    try:
+        return _scores(found, file, source)
+    except INCOMPLETE as error:
+        raise UserError(f"--scores {file} is incomplete ({error!r})", fix="evaluate again") from None
+
+
+def _scores(found: dict[str, Any], file: Path, source: Source) -> dict[str, Any]:
+    """The part of an evaluation that a bench keeps. UserError for another model's; one of INCOMPLETE for a damaged one."""
     content = source.content()
     if found["content_sha256"] != content:
         raise ConfigError(
@@ -95,6 +101,14 @@ class Beside:
         found = scores(results, source) if results else None
         earlier = load_bench(baseline) if baseline else None
         if earlier:
+            try:
+                check_same(earlier, earlier, "")
+                rows(earlier, earlier)
+                label(earlier)
+            except INCOMPLETE as error:  # would be met after the measurement
+                raise UserError(
+                    f"--baseline {baseline} is incomplete ({error!r})", fix="measure it again with tinyllama serve"
+                ) from None
             asked = {key: value for key, value in dataclasses.asdict(workload).items() if key in SAME}
             compare_settings({key: earlier["settings"].get(key) for key in asked}, asked, str(baseline))
         return cls(found, earlier, baseline)

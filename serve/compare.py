@@ -34,6 +34,7 @@ class Bench:
     values: dict[tuple[str, str], list[float]]
     circumstances: dict[str, Any]
     failures: dict[str, str] = dataclasses.field(default_factory=dict)  # loads of which requests failed: how many
+    unfinished: dict[str, str] = dataclasses.field(default_factory=dict)  # loads of which repeats are missing: how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Report:
         """Loads of which requests failed, in any bench."""
         return [f"{bench.name}, {load}: {text}" for bench in self.benches for load, text in bench.failures.items()]
 
+    @property
+    def unfinished(self) -> list[str]:
+        """Loads that were asked for and not measured as often as that, in any bench: it was interrupted."""
+        return [f"{bench.name}, {load}: {text}" for bench in self.benches for load, text in bench.unfinished.items()]
+
     def of(self, bench: Bench) -> list[Comparison]:
         return [c for c in self.comparisons if c.bench == bench.name]
 
@@ -103,7 +109,7 @@ class Report:
 
     def only_in(self, one: Bench, other: Bench) -> list[str]:
         """Configurations that `other` has not measured."""
-        known = {configuration for configuration, _ in other.values} | other.failures.keys()
+        known = {configuration for configuration, _ in other.values} | other.failures.keys() | other.unfinished.keys()
         return list(dict.fromkeys(configuration for configuration, _ in one.values if configuration not in known))
 
 
@@ -115,15 +121,16 @@ def load(path: str, name: str) -> Bench:
     """Read a bench.json or its folder; UserError if it is none, or holds no measurement."""
     bench = load_bench(path)
     try:
+        _check_points(bench)
         failures = _failures(bench)
         values = {**_offline(bench), **_online(bench, failures)}
-        circumstances = _circumstances(bench)
+        circumstances, unfinished = _circumstances(bench), _unfinished(bench, failures)
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError) as error:
         raise UserError(f"{path} is incomplete ({error!r})", fix="measure again with tinyllama serve") from None
     if not values:
         what = "".join(f": {load}: {text}" for load, text in list(failures.items())[:1])
         raise UserError(f"{path} holds no finished measurement{what}", fix="measure again with tinyllama serve")
-    return Bench(name, path, values, circumstances, failures)
+    return Bench(name, path, values, circumstances, failures, unfinished)
 
 
 def _number(value: Any, least: float = 1e-12) -> float:
@@ -131,6 +138,41 @@ def _number(value: Any, least: float = 1e-12) -> float:
     if type(value) not in (int, float) or not least <= value < math.inf:
         raise ValueError(f"{value!r} is no time and no rate")
     return float(value)
+
+
+def _count(value: Any, least: int = 0) -> int:
+    """A number of requests or tokens: ValueError for what is none."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _check_points(bench: dict[str, Any]) -> None:
+    """ValueError for points that no measurement gives, and for one that stands there twice: which one?"""
+    offline, online = bench["throughput"], (bench.get("online") or {"points": []})["points"]
+    if not isinstance(offline, list) or not isinstance(online, list):
+        raise ValueError("its points are no list")
+    seen = []
+    for point in offline:
+        sizes = (
+            *(point[key] for key in ("batch_size", "input_tokens", "output_tokens")),
+            point.get("samples_per_prompt", 1),
+        )
+        seen.append(tuple(_count(size, least=1) for size in sizes))
+        if not isinstance(point["samples_s"], list) or not point["samples_s"]:
+            raise ValueError("a batch without samples")
+    for point in online:
+        for key in ("failed", "completed"):
+            _count(point[key] or 0)
+        if point["kind"] not in ("rate", "concurrency") or point["status"] not in ("done", "failed", "not run"):
+            raise ValueError(f"a point of kind {point['kind']!r} and status {point['status']!r}")
+        if point["value"] != "inf":
+            _number(point["value"])
+        seen.append((point["kind"], point["value"], _count(point["repeat"])))
+    if online:
+        _count(bench["online"]["settings"]["requests"], least=1)
+    if len(set(seen)) < len(seen):
+        raise ValueError(f"{next(key for key in seen if seen.count(key) > 1)} stands there twice")
 
 
 def _load_of(online: dict[str, Any], point: dict[str, Any]) -> str:
@@ -153,7 +195,23 @@ def _failures(bench: dict[str, Any]) -> dict[str, str]:
             sums = counts.setdefault(_load_of(online, point), [0, 0])
             sums[0] += lost
             sums[1] += sent
-    return {load: f"{lost:,} of {sent:,} requests failed" for load, (lost, sent) in counts.items()}
+    found = {load: f"{lost:,} of {sent:,} requests failed" for load, (lost, sent) in counts.items()}
+    if lost := _count((online.get("max_rate_under_slo") or {}).get("failed_requests") or 0):
+        found["the search for the highest rate"] = f"{lost:,} requests failed"
+    return found
+
+
+def _unfinished(bench: dict[str, Any], failures: Collection[str]) -> dict[str, str]:
+    """Each load of which repeats were not run, because something stopped the sweep; those with failures say that instead."""
+    online = bench.get("online") or {"points": []}
+    repeats: dict[str, list[bool]] = {}
+    for point in online["points"]:
+        repeats.setdefault(_load_of(online, point), []).append(point["status"] == "not run")
+    return {
+        load: f"{sum(missing)} of {len(missing)} repeats were not run"
+        for load, missing in repeats.items()
+        if any(missing) and load not in failures
+    }
 
 
 def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
@@ -250,7 +308,7 @@ def drops(report: Report, percent: float) -> list[Comparison]:
     failed = []
     for bench in report.benches[1:]:
         rates = [c for c in report.of(bench) if c.metric == OUTPUT_RATE and c.test]
-        if not rates and report.failures:
+        if not rates and (report.failures or report.unfinished):
             continue  # which is reason enough for the gate
         if not rates:
             raise UserError(

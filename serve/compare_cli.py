@@ -19,6 +19,8 @@ def compare_benches(results: list[str], fail_if_drop: list[str] | None) -> Compa
     if limit is not None:
         if report.failures:
             failures.append(f"requests failed: {'; '.join(report.failures)}")
+        if report.unfinished:
+            failures.append(f"not finished: {'; '.join(report.unfinished)}")
         dropped = compare.drops(report, limit)
         if dropped:
             parts = [f"{c.bench}, {c.configuration}: {100 * c.change:+.1f}% (p = {c.p_holm:.2g})" for c in dropped]

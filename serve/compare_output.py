@@ -36,12 +36,16 @@ def _alone(bench: Bench) -> Sheet:
 
 
 def _failures(benches: list[Bench]) -> list[str]:
-    return [
-        f"Requests failed in {bench.name}: {'; '.join(f'{load}: {text}' for load, text in bench.failures.items())}. "
-        "Such loads are not compared."
-        for bench in benches
-        if bench.failures
-    ]
+    notes = []
+    for bench in benches:
+        for what, found, more in (
+            ("Requests failed in", bench.failures, " Such loads are not compared."),
+            ("Not finished in", bench.unfinished, ""),
+        ):
+            if found:
+                loads = "; ".join(f"{load}: {text}" for load, text in found.items())
+                notes.append(f"{what} {bench.name}: {loads}.{more}")
+    return notes
 
 
 def _beside(report: Report, bench: Bench) -> Sheet:
@@ -93,7 +97,7 @@ def record(report: Report) -> dict[str, Any]:
     first, benches = report.benches[0], []
     for bench in report.benches:
         entry: dict[str, Any] = {"bench": bench.name, "source": bench.source, "circumstances": bench.circumstances}
-        entry["failures"] = bench.failures
+        entry |= {"failures": bench.failures, "unfinished": bench.unfinished}
         if bench is not first:
             entry["differs"] = report.differing(bench)
             entry["only_here"], entry["only_in_first"] = report.only_in(bench, first), report.only_in(first, bench)
@@ -137,7 +141,7 @@ def as_csv(report: Report) -> str:
             [c.bench, c.configuration, c.metric, c.first, c.value, *shares, *c.samples, p, c.p_holm, c.verdict]
         )
     for bench in report.benches:
-        for load, failed in bench.failures.items():
+        for load, failed in (*bench.failures.items(), *bench.unfinished.items()):
             writer.writerow([bench.name, load, *[""] * (len(columns) - 3), failed])
     return stream.getvalue()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve import speculative
-from tinyllama import sheets
+from tinyllama import sheets, strict_json
 from tinyllama.errors import UserError
 from tinyllama.model_source import missing
 from tinyllama.sheets import Sheet
@@ -31,12 +30,12 @@ def load_bench(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     file = file / "bench.json" if file.is_dir() else file
     try:
-        bench = json.loads(file.read_text())
+        bench = strict_json.parse(file.read_bytes())
     except FileNotFoundError:
         raise missing(str(file), path, "make it with: tinyllama serve MODEL --output DIR") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror})", fix="give a file that you may read") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is not JSON ({error})", fix="measure again with tinyllama serve") from None
     if not isinstance(bench, dict) or bench.get("format") != FORMAT:
         found = bench.get("format") if isinstance(bench, dict) else None

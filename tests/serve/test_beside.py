@@ -132,3 +132,22 @@ def test_other_workloads_and_devices_are_refused(llama, tmp_path):
     other["device"]["name"] = "gpu"
     with pytest.raises(UserError, match="device name=cpu, this with gpu"):
         beside.check_same(before, other, "bench/full")
+
+
+def test_what_lacks_a_part_is_refused_before_anything_is_measured(llama, tmp_path):
+    source, work = resolve(str(llama), print), Workload(input_tokens=16, output_tokens=16)
+    whole = {**bench("full", [1.0, 1.1], None), "format": "tinyllama-bench-1"}
+    for key in ("settings", "device", "versions", "model", "throughput", "latency"):
+        for damaged in ({k: v for k, v in whole.items() if k != key}, {**whole, key: 1}):
+            (tmp_path / "bench.json").write_text(json.dumps(damaged))
+            with pytest.raises(UserError, match=r"--baseline .* is incomplete"):
+                beside.Beside.load(None, str(tmp_path), source, work)
+    file = evaluation(tmp_path / "scores", llama, [1, 0]) / "results.json"
+    found = json.loads(file.read_text())
+    for key in ("content_sha256", "backend", "settings", "suites", "tasks"):
+        file.write_text(json.dumps({k: v for k, v in found.items() if k != key}))
+        with pytest.raises(UserError, match=r"--scores .* is incomplete"):
+            beside.scores(str(file), source)
+    file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        beside.scores(str(file), source)

@@ -61,16 +61,23 @@ def test_a_gate_of_nothing_but_failures_fails(tmp_path: Path):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda b: b["throughput"][0]["samples_s"].append(math.nan), "incomplete"),
+        (lambda b: b["throughput"][0]["samples_s"].append(math.nan), "NaN is not a number in JSON"),
         (lambda b: b["throughput"][0]["samples_s"].append(None), "incomplete"),
         (lambda b: b["throughput"][0]["samples_s"].append(0), "incomplete"),
         (lambda b: b["throughput"][0]["samples_s"].append("1"), "incomplete"),
-        (lambda b: b["latency"]["samples"]["e2e_s"].append(math.inf), "incomplete"),
-        (lambda b: b["online"]["points"][0]["ttft_ms"].update(mean=math.nan), "incomplete"),
+        (lambda b: b["latency"]["samples"]["e2e_s"].append(math.inf), "Infinity is not a number in JSON"),
+        (lambda b: b["online"]["points"][0]["ttft_ms"].update(mean=math.nan), "NaN is not a number in JSON"),
         (lambda b: b["online"]["points"][0]["ttft_ms"].update(mean=-1.0), "incomplete"),
         (lambda b: b["online"].update(points=None), "incomplete"),
         (lambda b: b.update(online=[]) or b.update(throughput=[], latency={"samples": {}}), "no finished measurement"),
         (lambda b: b.update(device=None), "incomplete"),
+        (lambda b: b["throughput"][0].update(samples_s=[]), "a batch without samples"),
+        (lambda b: b["throughput"].append(b["throughput"][0]), "stands there twice"),
+        (lambda b: b["throughput"][0].update(batch_size=0), "0 is no count"),
+        (lambda b: b["online"]["points"].append(b["online"]["points"][0]), "stands there twice"),
+        (lambda b: b["online"]["points"][0].update(status="Done"), "status 'Done'"),
+        (lambda b: b["online"]["points"][0].update(failed=-1), "-1 is no count"),
+        (lambda b: b["online"].update(points={}), "no list"),
     ],
 )
 def test_numbers_that_are_none(tmp_path: Path, edit: Any, words: str):
@@ -78,6 +85,32 @@ def test_numbers_that_are_none(tmp_path: Path, edit: Any, words: str):
     edit(content)
     with pytest.raises(UserError, match=words):
         compare.compare([str(write(tmp_path / "a", content))])
+
+
+def test_a_load_that_was_interrupted_is_said_and_fails_the_gate(tmp_path: Path):
+    names = [str(write(tmp_path / "whole", bench(seed=1)))]
+    for least, name in ((4, "part"), (0, "none")):
+        content = bench(seed=2)
+        for point in content["online"]["points"]:
+            if point["kind"] == "concurrency" and point["repeat"] >= least:
+                point |= {key: None for key in point if key not in ("kind", "value", "repeat")} | {"status": "not run"}
+        names.append(str(write(tmp_path / name, content)))
+    report = compare.compare(names)
+    assert {c.bench for c in report.comparisons if c.configuration == LOAD} == {"part"}
+    for sheet, name, count in zip(compare_output.tables(report), ("part", "none"), (2, 6), strict=True):
+        text = " ".join(sheet.notes)
+        assert f"Not finished in {name}: {LOAD}: {count} of 6 repeats were not run." in text
+        assert "Nothing else that is recorded differs" not in text
+        assert "Only in" not in text
+    assert compare_benches(names, None).failure is None
+    assert str(compare_benches(names[:2], ["90"]).failure) == f"not finished: part, {LOAD}: 2 of 6 repeats were not run"
+
+
+def test_failures_of_the_search_for_a_rate_are_failures(tmp_path: Path):
+    content = bench(seed=2)
+    content["online"]["max_rate_under_slo"] = {"failed_requests": 7}
+    names = [str(write(tmp_path / "a", bench())), str(write(tmp_path / "b", content))]
+    assert str(compare_benches(names, ["90"]).failure).endswith("b, the search for the highest rate: 7 requests failed")
 
 
 def test_a_bench_that_was_cut_off(tmp_path: Path):

@@ -195,7 +195,7 @@ def test_coverage_of_many_simulated_suites():
 def test_coverage_of_many_simulated_clusters(clusters, share):
     known, unknown = cluster_coverage(clusters, share, 10_000)
     print(clusters, share, known, unknown)
-    assert 0.93 <= known <= (0.97 if clusters >= 20 else 0.99)
+    assert 0.93 <= known <= (0.97 if clusters >= 20 else 0.995)  # few: wide rather than wrong
     assert unknown < 0.75
 
 

@@ -116,7 +116,6 @@ class ItemChecks:
 
     def run(self) -> None:
         """UserError for the first item, or shot, that means nothing."""
-        self._try_filters()
         items = self.items()
         if self.task.get_config("num_fewshot"):
             self._check_shots(list(self.task.task_docs), items)
@@ -153,14 +152,6 @@ class ItemChecks:
                 self._check_target(target, choices, doc)
             except _WrongError as error:
                 raise self._error(self.split, index, self.config.process_docs, error) from None
-
-    def _try_filters(self) -> None:
-        for chain in self.task._filters:
-            for step in chain.filters:
-                try:
-                    step()
-                except Exception as error:
-                    raise UserError(f"{self._name}: filter {chain.name}: {reason(error)}", fix="correct it") from error
 
     @property
     def _name(self) -> str:
@@ -233,6 +224,9 @@ class ItemChecks:
             )
             empty = sorted(name for name in named if doc.get(name) is None)
             why = f"field {', '.join(empty)} is empty or missing" if empty else reason(error)
+            if isinstance(error, SyntaxError) and is_template and key != "doc_to_choice":
+                # 007, or digits of another script, which are no literals
+                why = "digits alone are taken for a number, and these are none: add words to the template"
             raise _WrongError(key, why) from None
 
     def _description(self, doc: dict[str, Any]) -> None:

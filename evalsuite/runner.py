@@ -21,7 +21,9 @@ from typing import Any
 
 from evalsuite import backends, bundle, contamination, generation_settings, headline, samples, suites, task_loading
 from evalsuite.aggregate import suite_means
+from evalsuite.answer_checks import of_scoring
 from evalsuite.files import write_json, write_json_lines
+from evalsuite.item_checks import reason
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
 from evalsuite.suites import Benchmark
 from tinyllama import locks, scratch
@@ -373,9 +375,17 @@ def run_task(model: Any, task: Any, limit: int | None) -> dict[str, Any] | None:
         leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
         if hasattr(leaf, "fit_to"):
             leaf.fit_to(model)
-    results = lm_eval.evaluate(
-        lm=model, task_dict=loaded.everything, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=True
-    )
+    try:
+        results = lm_eval.evaluate(
+            lm=model, task_dict=loaded.everything, limit=limit, bootstrap_iters=BOOTSTRAP_ITERS, log_samples=True
+        )
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if not task.benchmark.own or not of_scoring(error):
+            raise
+        where = f"task {task.benchmark.name}: its answers cannot be scored"
+        raise UserError(f"{where}: {reason(error)}", fix="correct the task") from error
     if results is None:
         return None
     for leaf in task.leaves:

@@ -242,6 +242,12 @@ def _check_filters(config: dict[str, Any], where: str) -> None:
             if not isinstance(name, str) or not known:
                 fix = nearest(str(name), sorted(filter_registry))
                 raise UserError(f"{place}: function {short(name)}", fix=fix)
+            select = step.get("group_select", 0)
+            if name in ("regex", "multi_choice_regex") and (type(select) is not int or select not in (0, -1)):
+                raise UserError(
+                    f"{place}: group_select {short(select)} is the number of a match, of which a text may have fewer",
+                    fix="give 0, the first, or -1, the last; of a match with groups the first that is not empty counts",
+                )
 
 
 def metrics_of(config: dict[str, Any]) -> list[str]:

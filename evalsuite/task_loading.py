@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evalsuite import code_tasks
+from evalsuite.answer_checks import AnswerChecks
 from evalsuite.definitions import Prepared
 from evalsuite.item_checks import MULTIPLE_CHOICE, ItemChecks, reason
 from evalsuite.lm_eval_format import FEWSHOT_SEED, SEED
@@ -72,6 +73,7 @@ def load(prepared: Prepared, limit: int | None = None) -> Loaded:
             own = prepared.own.get(name)
             if own is not None and hasattr(task, "fewshot_cfg"):
                 ItemChecks(task, own.tables).run()
+                AnswerChecks(task).run()
             else:
                 _refuse_few_shots(name, task)
                 _check_labels(task, limit)

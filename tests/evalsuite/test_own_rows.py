@@ -246,7 +246,11 @@ METRIC = """
 def f(items):
     return sum(wanted == written for wanted, written in items) / len(items)
 """
-FILTER = """
+SCORE = """
+def f(doc, results):
+    return {"acc": 1.0}
+"""
+FILTER = f"""{SCORE}
 from lm_eval.api.filter import Filter
 from lm_eval.api.registry import register_filter
 
@@ -254,9 +258,6 @@ from lm_eval.api.registry import register_filter
 class Stripped(Filter):
     def apply(self, resps, docs):
         return [[text.strip("<>") for text in texts] for texts in resps]
-
-def f(doc, results):
-    return {"acc": 1.0}
 """
 
 
@@ -268,12 +269,14 @@ def f(doc, results):
         {"metric_list": [{"metric": "acc", "hf_evaluate": True}], "process_results": "!function utils.f"},
         {"process_results": "!function utils.f", "metric_list": [{"metric": "acc"}]},
         {"filter_list": [{"name": "f", "filter": [{"function": "without_brackets"}, {"function": "take_first"}]}],
-         "process_results": "!function utils.f", "metric_list": [{"metric": "acc"}]},
+         "process_results": "!function utils.f", **GENERATED, "metric_list": [{"metric": "acc"}]},
     ],
 )  # fmt: skip
 def test_definitions_as_lm_evals_own_tasks_have_them(tmp_path, changes):
     """masakhaner's metric, e2lmc's, c4's default aggregation, acpbench's filter that its module registers."""
-    (tmp_path / "utils.py").write_text(FILTER if "filter_list" in changes else METRIC)
+    (tmp_path / "utils.py").write_text(
+        FILTER if "filter_list" in changes else SCORE if "process_results" in changes else METRIC
+    )
     assert load(tmp_path, jsonl(*GOOD), **changes).has_test_docs()
 
 
@@ -396,7 +399,14 @@ def test_modules_that_fail(tmp_path, body, words):
         ({"fewshot_config": {"sampler": "balanced"}}, "fewshot_config.sampler 'balanced'"),
         ({"fewshot_config": {"fewshot_indices": [0]}}, "fewshot_config.fewshot_indices is left out by lm-eval"),
         ({"filter_list": [{"name": "f", "filter": [{"function": "regx"}]}]}, "filter 1: function 'regx'; did you mean reg"),
-        ({"filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, "filter f: error: "),
+        (
+            {"filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            "filter f fails for the answer (-1.0, False): error: ",
+        ),
+        (
+            {"filter_list": [{"name": "f", "filter": [{"function": "regex", "group_select": 1}]}]},
+            "filter 1: group_select 1 is the number of a match",
+        ),
         ({"doc_to_image": "q"}, "doc_to_image is not supported"),
         ({"doc_to_choice": None}, "doc_to_choice is missing"),
         ({"unsafe_code": True}, "own runs programs that the model wrote, and not in the sandbox"),
@@ -494,3 +504,83 @@ def test_a_foreign_or_damaged_results_file_is_not_written_over(tmp_path, content
     with pytest.raises(UserError) as raised:
         runner._read_old(tmp_path / "results.json")
     assert words in str(raised.value)
+
+
+WRITTEN = {
+    "output_type": "generate_until", "doc_to_choice": None, "doc_to_target": "{{a}}",
+    "metric_list": [{"metric": "exact_match"}],
+}  # fmt: skip
+
+
+def steps(*names: str | dict[str, Any]) -> list[dict[str, Any]]:
+    """A filter_list of one chain."""
+    return [{"name": "f", "filter": [name if isinstance(name, dict) else {"function": name} for name in names]}]
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        (steps({"function": "take_first_k", "k": 9}, "take_first"), "fails for the answer '': AssertionError: Need"),
+        (steps({"function": "take_first_k", "k": 0}, "take_first"), "filter f fails for the answer '': IndexError"),
+        (steps({"function": "take_first_k", "k": "1"}, "take_first"), "filter f fails for the answer '': TypeError"),
+        (steps("multi_choice_regex", "take_first"), "filter f fails for the answer '': KeyError: 'choices'"),
+        (steps("majority_vote"), "filter f leaves a list of answers, and none is right; end it with take_first"),
+        (steps(), "filter f leaves a list of answers"),
+        (steps("take_first", "take_first"), "function 2 comes after take_first, and would take each letter"),
+        (steps("take_first", "remove_whitespace"), "function 2 comes after take_first"),
+        (steps({"function": "map", "mapping_dict": {"a": "b"}}, "take_first"), "makes None of the answer ''"),
+        (steps({"function": "regex", "fallback": 5}, "take_first"), "makes 5 of the answer '', which is not text"),
+    ],
+)  # fmt: skip
+def test_filters_that_leave_no_answer_to_compare(tmp_path, chain, words):
+    """lm-eval fails with them after the model has answered, or finds every answer wrong."""
+    assert words in told(tmp_path, jsonl(*GOOD), **WRITTEN, filter_list=chain)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        steps({"function": "regex", "regex_pattern": "(a)|(b)", "group_select": -1}, "take_first"),
+        steps({"function": "take_first_k", "k": 2}, "majority_vote", "take_first"),
+        steps({"function": "map", "mapping_dict": {"a": "b"}, "default_value": "c"}, "take_first"),
+    ],
+)
+def test_filters_that_leave_one_answer(tmp_path, chain):
+    task = load(tmp_path, jsonl(*GOOD), **WRITTEN, filter_list=chain, repeats=2)
+    assert [filters.name for filters in task._filters] == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise KeyError('answer')", "fails for the answer '': KeyError in "),
+        ("return {'exact_match': int(results[0].split(':')[1])}", "fails for the answer '': IndexError in "),
+        ("raise SystemExit(0)", "fails for the answer '': SystemExit in "),
+        ("return None", "gives None, no mapping of metrics"),
+        ("return {'other': 1.0}", "gives other, and metric_list names exact_match"),
+        ("return {'exact_match': '1'}", "gives exact_match '1', which has no mean"),
+        ("return {'exact_match': [1.0]}", "gives exact_match [1.0], which has no mean"),
+    ],
+)
+def test_scores_that_are_none(tmp_path, body, words):
+    (tmp_path / "utils.py").write_text(f"def f(doc, results):\n    {body}\n")
+    changes = WRITTEN | {"process_results": "!function utils.f"}
+    changes["metric_list"] = [{"metric": "exact_match", "aggregation": "mean"}]
+    assert f"process_results {words}" in told(tmp_path, jsonl(*GOOD), **changes)
+
+
+def test_scores_are_tried_of_choices_too(tmp_path):
+    (tmp_path / "utils.py").write_text("def f(doc, results):\n    return {'acc': results[1][0] / results[0][0]}\n")
+    task = load(
+        tmp_path,
+        jsonl(*GOOD),
+        process_results="!function utils.f",
+        metric_list=[{"metric": "acc", "aggregation": "mean"}],
+    )
+    assert task.process_results(GOOD[0], [(-2.0, True), (-1.0, False)]) == {"acc": 0.5}
+
+
+@pytest.mark.parametrize("text", ["007", "\u0663", "\u00b2"])
+def test_digits_alone_that_are_no_number(tmp_path, text):
+    told_of = told(tmp_path, jsonl({"q": "x", "a": 0}, {"q": text, "a": 0}))
+    assert "test.jsonl:2: doc_to_text ('{{q}}'): digits alone are taken for a number, and these are none" in told_of

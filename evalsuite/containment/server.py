@@ -15,11 +15,51 @@ import struct
 import sys
 from typing import Any, NoReturn
 
-from evalsuite.containment import judged, kernel, namespaces, privileges, supervisor
+from evalsuite.containment import groups, judged, kernel, namespaces, privileges, supervisor
 
 HEADER = struct.Struct(">Q")
 TASKS, ANSWERS = 0, 1
 FIRST_FREE = 3
+OWN_PROCESSES = 2  # in a program's control group, beside what the program starts
+# In thousandths of the group's limit: enough for the kernel to end a program before what watches it, too little to make it
+# the first of the whole machine.
+FIRST_VICTIM = "20"
+
+
+class _Next:
+    """The first process of the next program, which enters its control group before there is a task: Linux takes some 10 ms
+    for that (a grace period of RCU), while the program before it runs.
+    """
+
+    def __init__(self, place: groups.Place | None, gone: int) -> None:
+        self.place, self.name = place, groups.new_name()
+        own = os.getpid()
+        reader, self._go = os.pipe()
+        self.process = os.fork()
+        if self.process == 0:
+            os.close(self._go)
+            os.close(gone)
+            _outside(own, place, self.name, reader)
+        os.close(reader)
+
+    def begin(self) -> bool:
+        """Let it take the task that waits; False where it has been ended from outside."""
+        alive = os.waitpid(self.process, os.WNOHANG)[0] == 0
+        if alive:
+            os.write(self._go, b"+")
+        os.close(self._go)
+        return alive
+
+    def end(self) -> None:
+        """End one that has not begun."""
+        os.close(self._go)
+        os.waitpid(self.process, 0)
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove its group, when it has ended."""
+        if self.place is not None:
+            groups.remove(self.place, self.name)
 
 
 def serve(parent: int) -> None:
@@ -27,33 +67,41 @@ def serve(parent: int) -> None:
     gone = os.pidfd_open(parent)
     if os.getppid() != parent:
         return
+    place = groups.find()
+    following = _Next(place, gone)
     while True:
         poll = select.poll()
         poll.register(TASKS, select.POLLIN)
         poll.register(gone, select.POLLIN)
         ready = dict(poll.poll())
         if gone in ready or not ready.get(TASKS, 0) & select.POLLIN:
+            following.end()
             return
-        own = os.getpid()
-        child = os.fork()
-        if child == 0:
-            os.close(gone)
-            _outside(own)
-        _wait(child, gone)
+        current = following
+        while not current.begin():
+            current.clear()
+            current = _Next(place, gone)
+        following = _Next(place, gone)
+        _wait(current.process, gone)
+        current.clear()
 
 
 def _wait(child: int, gone: int) -> None:
-    """Wait for a child; end it, and this process, if the parent goes first."""
+    """Wait for a child; end it if the parent goes first, or wants no answer any longer."""
     ended = os.pidfd_open(child)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(gone, select.POLLIN)
+    poll.register(TASKS, 0)  # closed
     if ended not in dict(poll.poll()):
         os.kill(child, signal.SIGKILL)
     os.close(ended)
     _, status = os.waitpid(child, 0)
     if status != 0:
-        _answer({"passed": False, "reason": "the containment was ended from outside"})
+        try:
+            _answer({"passed": False, "reason": "the containment was ended from outside"})
+        except BrokenPipeError:
+            return  # nobody waits for it
 
 
 def _answer(found: dict[str, Any]) -> None:
@@ -71,24 +119,35 @@ def _exactly(count: int) -> bytes:
     return b"".join(parts)
 
 
-def _outside(server: int) -> NoReturn:
-    """A program's first process, outside of its process space: makes the namespaces and waits for process 1 of them."""
+def _outside(server: int, place: groups.Place | None, name: str, go: int) -> NoReturn:
+    """A program's first process, outside of its process space: enters the control group, waits for its turn, makes the
+    namespaces and waits for process 1 of them.
+    """
     try:
         kernel.die_with_parent(server)
+        group = groups.enter(place, name)
+        if not os.read(go, 1):
+            os._exit(0)
+        os.close(go)
         task = json.loads(_exactly(HEADER.unpack(_exactly(HEADER.size))[0]))
+        if group is not None:
+            group.limit(task["group_bytes"], task["limits"]["NPROC"] + OWN_PROCESSES)
         uid = namespaces.enter()
         kernel.die_with_parent(server)  # new namespaces may have cleared it
         inside = os.fork()
         if inside == 0:
-            _first(task, uid)
+            _first(task, uid, group)
     except OSError as error:
         _answer({"setup": str(error)})
         os._exit(0)
     _, status = os.waitpid(inside, 0)
+    if status != 0 and group is not None and group.out_of_memory():
+        _answer({"passed": False, "reason": supervisor.out_of_memory(task)})
+        status = 0
     os._exit(0 if status == 0 else 1)
 
 
-def _first(task: dict[str, Any], uid: int | None) -> NoReturn:
+def _first(task: dict[str, Any], uid: int | None, group: groups.Group | None) -> NoReturn:
     """Process 1: builds the world, starts the program in it, watches it and answers. When it ends, all in there end."""
     try:
         kernel.die_with_parent(0)  # the parent is in another process space
@@ -98,13 +157,25 @@ def _first(task: dict[str, Any], uid: int | None) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 gets no signal from its own space but what it handles
         program = os.fork()
         if program == 0:
+            if group is not None:
+                processes.end_first(FIRST_VICTIM)
             _program(task, uid, writer)
         os.close(writer)
-        found = supervisor.watch(reader, program, processes, task)
+        found = supervisor.watch(reader, program, processes, group, task) | {"grouped": group is not None}
+        _end_others()
     except OSError as error:
         found = {"setup": str(error)}
     _answer(found)
     os._exit(0)
+
+
+def _end_others() -> None:
+    """In process 1, which nothing that still runs shall disturb while it answers."""
+    if os.getpid() == 1:
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # there are none
 
 
 def _program(task: dict[str, Any], uid: int | None, writer: int) -> NoReturn:

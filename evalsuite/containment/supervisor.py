@@ -1,7 +1,8 @@
 """Process 1 of a program's world: waits for its verdict, and ends it all when a limit is passed.
 
-Limits of the kernel hold for one process. What holds for all processes of a program together is measured here, about a
-hundred times a second: memory, time, and processes where the kernel does not count them.
+Limits of the kernel hold for one process, but for a control group's, where there is one. What holds for all processes of a
+program together is measured here, about a hundred times a second: memory, time, and processes where the kernel does not
+count them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from evalsuite.containment.groups import Group
 from evalsuite.containment.judged import FAILED, READY, REASON_CHARS, seal
 
 PAUSE_S = 0.01
@@ -56,6 +58,15 @@ class Processes:
             return ""
         finally:
             os.close(handle)
+
+    def end_first(self, score: str) -> None:
+        """Have the kernel end the calling process, and those that it starts, before others when memory ends."""
+        try:
+            handle = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=self.descriptor)
+            os.write(handle, score.encode())
+            os.close(handle)
+        except OSError:
+            return  # where it ends the supervisor, `server` gives the verdict
 
     def numbers(self) -> list[str]:
         return [name for name in os.listdir(self.descriptor) if name.isdigit() and name != "1"]
@@ -145,7 +156,7 @@ def _used(path: str) -> int:
     return (found.f_blocks - found.f_bfree) * found.f_frsize + (found.f_files - found.f_ffree) * 1024
 
 
-def watch(pipe: int, program: int, processes: Processes, task: dict[str, Any]) -> dict[str, Any]:
+def watch(pipe: int, program: int, processes: Processes, group: Group | None, task: dict[str, Any]) -> dict[str, Any]:
     """The answer about a program that runs as process `program` and reports through a pipe: {"passed", "reason"}, or
     {"setup"} where it was not begun. Returns as soon as the verdict is certain; what still runs ends with this process.
     """
@@ -167,8 +178,10 @@ def watch(pipe: int, program: int, processes: Processes, task: dict[str, Any]) -
         if status is not None or (heard and heard[:1] != READY):
             if heard[:1] != READY:
                 return {"setup": heard.decode(errors="replace") or "the program's process ended before it began"}
+            if group is not None and group.out_of_memory():
+                return {"passed": False, "reason": out_of_memory(task)}
             return _judge(heard[1:] + _read(pipe), status or 0, program, task)
-        if started and (reason := _passed_limit(processes, time.monotonic() - started, task)):
+        if started and (reason := _passed_limit(processes, group, time.monotonic() - started, task)):
             return {"passed": False, "reason": reason}
         if len(heard) > MOST_HEARD:
             return {"passed": False, "reason": "the program wrote to where its verdict is expected"}
@@ -198,18 +211,24 @@ def _reap(program: int) -> int | None:
     return found
 
 
-def _passed_limit(processes: Processes, elapsed_s: float, task: dict[str, Any]) -> str:
+def out_of_memory(task: dict[str, Any]) -> str:
+    return f"out of memory: more than {task['memory_bytes'] >> 20} MiB in all processes together"
+
+
+def _passed_limit(processes: Processes, group: Group | None, elapsed_s: float, task: dict[str, Any]) -> str:
     """Which limit is passed, in words; "" for none. Time in which others kept the processors from it is not the program's,
     but for what its own processes use: its clock runs at least as fast as they use the processors.
     """
     wall_s, memory_bytes = task["wall_s"], task["memory_bytes"]
+    if group is not None and group.out_of_memory():
+        return out_of_memory(task)
     if elapsed_s > wall_s:
         used_s = max(elapsed_s - processes.waited_s(), processes.cpu_s() / len(os.sched_getaffinity(0)))
         if used_s > wall_s or elapsed_s > HARD * wall_s:
             return f"timed out: stopped after {wall_s:g} s"
     held, threads = processes.memory(memory_bytes)
     if held > memory_bytes:
-        return f"out of memory: more than {memory_bytes >> 20} MiB in all processes together"
+        return out_of_memory(task)
     if threads > MANY:
         processes.yield_to_others()
     if threads > task["processes"]:

@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 REASON = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (.+)")
 HARMLESS = re.compile(r"\b(DEBUG|INFO|WARNING) \d\d-\d\d ")  # vLLM's level and date: a warning may name an error too
+SOCKET_FOLDER_BYTES = 107 - 37  # what Linux takes as the path of a socket, less vLLM's names
 CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed", "Failed core proc")
 
 
@@ -132,13 +134,18 @@ def importable_vllm() -> Iterator[None]:
     defaults["VLLM_WORKER_MULTIPROC_METHOD"] = (
         "spawn"  # a fork has the environment of before, without its guardian's mark
     )
-    before = dict(os.environ)
+    before, system = dict(os.environ), tempfile.gettempdir()
+    defaults["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(system, f"torchinductor_{os.getuid()}")  # to be found again
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # in whole GiB; would override the size that we give in bytes
     with scratch.folder("tinyllama-serve-") as made, processes.guarded() as guarded:
         os.environ.update(guarded)
         folder = str(made)
+        # Its sockets and folders go with ours, also after a SIGKILL: at the next start.
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        if len(os.fsencode(folder)) > SOCKET_FOLDER_BYTES:
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", system)
         hidden = _torchcodec_is_broken()
         if hidden:
             Path(folder, "torchcodec.py").write_text(
@@ -154,6 +161,7 @@ def importable_vllm() -> Iterator[None]:
                 sys.path.remove(folder)
             os.environ.clear()
             os.environ.update(before)
+            tempfile.tempdir = system
 
 
 def _torchcodec_is_broken() -> bool:

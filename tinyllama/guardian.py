@@ -1,7 +1,8 @@
 """Ends a family of processes with its head. `processes.guarded` runs this text in a bare Python; nobody imports it.
 
 The family is every process whose environment, as it was when it started, holds MARK: children of children too, whoever
-started them and whoever has adopted them since. Once the head is gone, or has closed our standard input, each gets SIGKILL.
+started them and whoever has adopted them since. Once the head is gone, or has closed our standard input, each gets SIGKILL;
+but for Python's resource trackers, which remove the shared memory of the others once those are gone, and end by themselves.
 Given by the text before this one: PID and MARK (bytes).
 """
 
@@ -12,6 +13,7 @@ import signal
 import time
 
 WAIT_S = 30  # for processes that the kernel cannot end yet: they wait for a disk
+TRACKER_S = 5  # for the trackers, once they are alone
 CALM = 3  # looks in a row that find nobody: one who was just being started has begun by then
 pid_of_head: int = globals()["PID"]
 mark: bytes = globals()["MARK"]
@@ -26,6 +28,13 @@ def family() -> list[int]:
                 if mark in stream.read():
                     found.append(int(name))
     return found
+
+
+def is_tracker(pid: int) -> bool:
+    """Whether it is multiprocessing's resource tracker, or joblib's."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as stream:
+        return b"resource_tracker" in stream.read()
+    return False
 
 
 def wait_for_the_end() -> None:
@@ -43,9 +52,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     wait_for_the_end()
     deadline, calm = time.monotonic() + WAIT_S, 0
+    patience = time.monotonic() + TRACKER_S
     while calm < CALM and time.monotonic() < deadline:
         left = family()
-        for pid in left:
+        doomed = [pid for pid in left if not is_tracker(pid)]
+        if doomed:
+            patience = time.monotonic() + TRACKER_S
+        for pid in doomed if time.monotonic() < patience else left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         calm = 0 if left else calm + 1

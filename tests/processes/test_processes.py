@@ -84,6 +84,28 @@ def test_a_family_ends_with_its_block_and_descriptors_are_kept_until_then():
     os.close(reader)
 
 
+SHARING = """
+import sys, time
+from multiprocessing.shared_memory import SharedMemory
+print(SharedMemory(create=True, size=4096).name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_of_a_killed_family_is_given_back():
+    mark = f"TINYLLAMA_TEST_{os.getpid()}_memory"
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD.replace(repr(FAMILY), repr(SHARING))], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, mark: "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    name = head.stdout.readline().strip()
+    assert Path("/dev/shm", name).exists()
+    head.kill()
+    head.wait()
+    assert until(lambda: not members(mark))
+    assert not Path("/dev/shm", name).exists()
+
+
 CHILD = """
 import time
 from tinyllama.processes import die_with_parent

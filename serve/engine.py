@@ -407,11 +407,11 @@ def _end_children(grace_s: float = 15) -> None:
 
 
 def _is_resource_tracker(process: Any) -> bool:
-    """Python's own helper of multiprocessing, which ends with this process."""
+    """Python's own helper of multiprocessing, or joblib's, which ends with this process and removes what others shared."""
     import psutil
 
     try:
-        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+        return "resource_tracker" in " ".join(process.cmdline())
     except psutil.Error:
         return False
 

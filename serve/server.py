@@ -206,11 +206,13 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, wait for it, then end whatever is left of its session."""
+    """Ask the server to end, wait for it, then end it. The guardian ends what is left of its family, in the right order."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    if not processes.LINUX:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -328,7 +328,9 @@ def export_quantized(
     if not source.is_checkpoint:
         return quantize_directory(source.path, target, name, dtype=dtype, check=check, report=say)
     refuse_to_replace(target)
-    quantization(name, source.llama())  # refuses a shape that the scheme cannot have
+    shape = source.llama()
+    quantization(name, shape)  # refuses a shape that the scheme cannot have
+    refuse_too_large(target, shape.num_parameters * DTYPES["float32"].itemsize)
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

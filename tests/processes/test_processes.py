@@ -144,6 +144,28 @@ def test_a_watched_process_is_told_once_it_is_gone():
     assert told.wait(10)
 
 
+STOPPED = """
+import pathlib, sys
+from serve.server import launched
+with launched([sys.executable, "-c", sys.argv[2]], pathlib.Path(sys.argv[1]), {}) as process:
+    sys.stdin.readline()
+"""
+
+
+def test_shared_memory_of_a_server_is_given_back_when_it_is_stopped(tmp_path):
+    log = tmp_path / "server.log"
+    worker = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"
+    worker = worker.replace("sys.argv[1]", repr(SHARING))
+    arguments = [sys.executable, "-c", STOPPED, str(log), worker]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+    assert until(lambda: log.exists() and log.read_text().endswith("\n"))
+    name = log.read_text().strip()
+    assert Path("/dev/shm", name).exists()
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert not Path("/dev/shm", name).exists()
+
+
 SERVER = """
 import pathlib, sys
 from serve.server import launched

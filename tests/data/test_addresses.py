@@ -213,6 +213,15 @@ def test_errors_of_servers_hold_no_secret(server):
         assert "\n" not in str(error.value)
 
 
+def test_a_server_that_refuses_or_is_not_there_is_not_a_file_that_does_not_exist(server):
+    with pytest.raises(DataError, match=r"forbidden/x\.jsonl cannot be fetched \(.*403"):
+        find_inputs([f"{server}/forbidden/x.jsonl?X-Amz-Signature={SECRET}"])
+    with pytest.raises(DataError, match=r"cannot be fetched \(.*Connect"):
+        find_inputs(["http://127.0.0.1:1/x.jsonl"])
+    with pytest.raises(DataError, match=r"input .*/missing\.jsonl does not exist"):
+        find_inputs([f"{server}/missing.jsonl"])
+
+
 def test_a_store_is_the_same_wherever_its_inputs_lay(tokenizer, tmp_path):
     made = []
     for place in ("a", "b"):

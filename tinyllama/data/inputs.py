@@ -165,8 +165,14 @@ def _find_remote(given: str, suffixes: tuple[str, ...], left_out: LeftOut) -> li
             address = given if root else with_path(given, root)
             return [_remote_input(given, address, info, _name_of(given, info))]
         found = source.find(root, detail=True)
-    except FileNotFoundError:
-        raise DataError(f"input {shown(given)} does not exist", fix=FIX) from None
+    except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec says of every answer of a web server that the file is not there
+        if cause is None or getattr(cause, "status", None) in (404, 410):
+            raise DataError(f"input {shown(given)} does not exist", fix=FIX) from None
+        raise DataError(
+            f"{shown(given)} cannot be fetched ({type(cause).__name__}: {without_secrets(cause)})",
+            fix="run the same command again when it answers, or give an address that it grants",
+        ) from None
     except DataError:
         raise
     except Exception as error:  # every remote store has exceptions of its own

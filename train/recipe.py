@@ -254,6 +254,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             if key not in valid:
                 path = f"{where}.{key}" if where else key
                 raise ConfigError(f"{path} is not a recipe setting", fix=nearest(key, valid))
+        needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+        for name in needed:
+            if name not in value:
+                raise ConfigError(f"{where}.{name} is missing".removeprefix("."), fix=f"give {', '.join(needed)}")
         built = {k: _build(hints[k], v, f"{where}.{k}" if where else k) for k, v in value.items()}
         try:
             return kind(**built)  # type: ignore[operator]

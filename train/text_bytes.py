@@ -2,7 +2,8 @@
 
 The manifest knows the bytes of a whole split. For its first windows the tokenizer says what each token stands for. That is
 exact where it keeps text as it is (no normalization, bytes for what it has no piece for), as Llama's and those that
-`tinyllama tokenizer train` makes do; else it is scaled by what the whole split has.
+`tinyllama tokenizer train` makes do; else it is scaled by what the whole split has. A U+2581 in a text has one byte here, of
+its three: SentencePiece makes it a space, and no token says which it was.
 """
 
 from __future__ import annotations

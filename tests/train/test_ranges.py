@@ -115,6 +115,8 @@ def test_whole_numbers_written_as_floats_are_exactly_those():
         ),
         (['data.sources=[{"name": "a", "weight": 1}, {"name": "a", "weight": 2}]'], "each its own name"),
         (["data.sources=[]"], "at least one source"),
+        (['data.sources=[{"name": "a"}]'], "data.sources.0..weight is missing; give name, weight"),
+        (["data.sources=[{}]"], "data.sources.0..name is missing"),
         (["data.sources.name=1"], "sources is not a section"),
         (["data=null"], "data=None is not a JSON object"),
         (["model=5"], "model=5 is not a JSON object"),

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -153,13 +154,16 @@ def _take(path: Path, shown: Path, command: str) -> Lock:
     while True:
         made = _make_folders(path.parent)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # Not through a link, which would have another file overwritten; and not waiting for the writer of a pipe.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except FileNotFoundError:  # the holder before has just removed the folder that it had made
             tries += 1
             if tries > MAX_TRIES:  # or nothing can be made there, as in /proc
                 raise
             continue
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path} is no regular file", fix="remove it, or give another --output")
             free, same = _flock(descriptor), _same(descriptor, path)
             record = read(path)
             owner = Owner.of(record)

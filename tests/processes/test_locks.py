@@ -189,3 +189,18 @@ def test_the_file_system_is_told_by_its_mount():
 def test_a_folder_where_nothing_can_be_made_is_an_error():
     with pytest.raises(UserError, match=r"/proc/\.x\.lock"):
         locks.take(Path("/proc/.x.lock"), Path("/proc/x"), "export")
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_lies_in_a_locks_place_is_left_alone(tmp_path, kind):
+    """A link is not written through, and the other end of a pipe not waited for."""
+    place = locks.inside(tmp_path / "run")
+    place.parent.mkdir()
+    (tmp_path / "other").write_text("precious")
+    {"link": lambda: place.symlink_to(tmp_path / "other"), "pipe": lambda: os.mkfifo(place), "folder": place.mkdir}[
+        kind
+    ]()
+    with pytest.raises(UserError, match=r"\.lock"):
+        locks.take(place, place.parent, "ours")
+    assert (tmp_path / "other").read_text() == "precious"
+    assert place.is_symlink() == (kind == "link")

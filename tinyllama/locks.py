@@ -73,8 +73,12 @@ class Lock:
         self._shared = not is_local(path)
         # Renewed in place, at one length: whoever reads it meanwhile finds it whole.
         self._length = len(json.dumps({**self._record, "beat": 10**12}).encode())
-        os.ftruncate(descriptor, 0)
-        self._write(0)
+        try:
+            os.ftruncate(descriptor, 0)
+            self._write(0)
+        except OSError:  # the disk is full: nobody could read whose it is
+            self._remove()
+            raise
         if self._shared:
             time.sleep(SETTLE_S)
             if not self.is_ours():  # two machines at the same moment: the last writer has it
@@ -86,7 +90,9 @@ class Lock:
 
     def _write(self, beat: int) -> None:
         text = json.dumps({**self._record, "beat": beat}).encode()
-        os.pwrite(self.descriptor, text.ljust(self._length) + b"\n", 0)
+        line = text.ljust(self._length) + b"\n"
+        if os.pwrite(self.descriptor, line, 0) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self.descriptor)
 
     def is_ours(self) -> bool:
@@ -111,6 +117,14 @@ class Lock:
         with contextlib.suppress(OSError):
             if self.is_ours():
                 self.path.unlink()
+        self._let_go()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self._let_go()
+
+    def _let_go(self) -> None:
         os.close(self.descriptor)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):

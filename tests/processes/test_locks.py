@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -204,3 +205,14 @@ def test_what_lies_in_a_locks_place_is_left_alone(tmp_path, kind):
         locks.take(place, place.parent, "ours")
     assert (tmp_path / "other").read_text() == "precious"
     assert place.is_symlink() == (kind == "link")
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))  # what is longer fails as it does on a full disk
+    try:
+        with pytest.raises(UserError, match="failed"):
+            locks.take(tmp_path / "new" / "deep" / "lock", tmp_path, "test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []

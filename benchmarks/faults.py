@@ -146,9 +146,7 @@ class Campaign:
         command += more
         log = open(run.with_suffix(".log"), "a")
         environment = {**os.environ, "HERE": str(run)}
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment, preexec_fn=_heed_hangups
-        )
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, cwd=ROOT, env=environment)
 
     def finish(self, run: Path) -> None:
         if (code := self.start(run).wait(timeout=600)) != 0:
@@ -287,11 +285,6 @@ class Campaign:
         }
 
 
-def _heed_hangups() -> None:
-    """Under nohup a run would ignore SIGHUP, as it should; not here."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def _equal(first: Path, second: Path) -> bool:
     """Whether two checkpoints hold the same weights and moments, bit for bit."""
     import torch
@@ -330,6 +323,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="stores prose and code with 600 pieces (default: made)")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     arguments = parser.parse_args()
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup a run would ignore it as well; not here
+        signal.signal(signal.SIGHUP, lambda *_: None)
     faults = plan(arguments.short, arguments.only)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         data = arguments.data or prepare(Path(folder))

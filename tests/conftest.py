@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: with two threads each they would wait for one another at every operation.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+for _number in (
+    signal.SIGHUP,
+    signal.SIGINT,
+):  # ignored under nohup, and in a script's background: not by what tests start
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # Files that take a minute and more, begun first so that no worker is left with one of them at the end.
 LONGEST = (

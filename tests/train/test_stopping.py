@@ -78,6 +78,19 @@ def test_a_signal_while_a_run_starts_ends_it_with_75(where, number, stores, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_in_the_background_of_a_script_heeds_an_interrupt_at_once(stores, tmp_path):
+    """There SIGINT is ignored, and heeded all the same: once the ranks are launched it is, too."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process, hold = held(tmp_path / "run", stores, "command|import|train.recipe")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.send_signal(signal.SIGINT)
+    hold.go_on()
+    expect_stopped(process, tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["rank 0|import|torch", "rank 1|import|deepspeed", "rank 0|open|config.partial"])
 def test_a_signal_to_one_rank_of_plain_deepspeed_ends_it_with_75(where, stores, tmp_path):
     run = tmp_path / "run"

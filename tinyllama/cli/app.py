@@ -144,7 +144,10 @@ def _stop_in_order(train: bool) -> list[int]:
         os._exit(AGAIN)
 
     wanted = STOPPING if train else STOPPING[:-1]
-    numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, or by `&`
+    ignored = {
+        number for number in wanted if signal.getsignal(number) is signal.SIG_IGN
+    }  # by nohup, or by a script's `&`
+    numbers = [number for number in wanted if number not in ignored or (train and number != signal.SIGHUP)]
     for number in numbers:
         signal.signal(number, stop)
     return received

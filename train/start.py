@@ -43,6 +43,8 @@ def check(path: Path, wanted: ModelConfig) -> Path:
     directory, found = source.path, source.llama()
     if source.is_checkpoint:
         checkpoint.verify(directory)
+    elif source.config.get("quantization_config"):
+        raise ConfigError(f"--init-from {path} is quantized", fix="start from the weights that it was made of")
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name not in FREE:

@@ -131,6 +131,17 @@ def test_a_folder_that_is_no_model_is_refused(stores, origin, tmp_path):
     assert "does not exist; give a complete Hugging Face directory" in refused.stderr
 
 
+def test_a_quantized_start_is_refused_before_anything_is_launched(origin, tmp_path):
+    from tinyllama.errors import ConfigError
+    from tinyllama.quantize import quantize_directory
+    from train import start
+
+    assert start.check(origin, MODEL) == origin
+    quantize_directory(origin, tmp_path / "int8", "int8", check=False, report=print)
+    with pytest.raises(ConfigError, match=r"--init-from .*int8 is quantized"):
+        start.check(tmp_path / "int8", MODEL)
+
+
 @pytest.mark.parametrize("stage", [3, 1])
 def test_new_weights_are_those_of_the_seed_under_every_stage(stores, tmp_path, stage):
     """After one step at a rate too small to matter. DeepSpeed's fp32 copy is made of the bf16 weights."""

@@ -90,7 +90,7 @@ def eval_command(
         TimeRemainingColumn,
     )
 
-    from evalsuite import backends
+    from evalsuite import backends, bundle
     from tinyllama.errors import UserError
     from tinyllama.processes import guard_from_now_on
 
@@ -105,6 +105,8 @@ def eval_command(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size {batch_size}", fix="give 1 or more")
     offline = data_dir is not None
+    if data_dir is not None:
+        bundle.find(data_dir)  # before torch is imported
     choice = backends.choose(model, backend, dtype, batch_size, max_length, data_parallel, offline=offline)
     from evalsuite import runner, suites
 

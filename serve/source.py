@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllama import model_source
 from tinyllama.data.durable import read_json
-from tinyllama.errors import UserError
+from tinyllama.errors import ConfigError, UserError
 from tinyllama.model.config import ModelConfig
 from tinyllama.model_source import ModelSource
 
@@ -135,6 +135,11 @@ def resolve(model: str, report: Callable[[str], None], option: str | None = None
     """
     found = model_source.find(model, option)
     found.check(ours=False)
+    activation = found.config.get("hidden_act", "silu")
+    if found.config.get("model_type") == "llama" and activation != "silu":
+        raise ConfigError(
+            f"{found.location}: hidden_act {activation!r}: vLLM's Llama computes silu alone", fix="evaluate it with hf"
+        )
     if found.is_hub:
         return Source(found.location, found.name, found.config, {})
     if not found.is_checkpoint:

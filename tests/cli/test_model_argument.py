@@ -177,6 +177,7 @@ def test_what_names_nothing(here: Path, given: str, words: str):
 def test_every_command_says_it_at_once_without_torch_or_network(here: Path):
     names = ("runs/typo", "./x", "/abs/x", "x/", "exports/smal", "typo")
     asked = [command for name in names for command in commands(name)]
+    asked.append(["eval", "--model", "exports/small", "--data-dir", "typo"])  # of a model that is there
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(asked)], capture_output=True, text=True, check=False, timeout=120
     )
@@ -185,7 +186,7 @@ def test_every_command_says_it_at_once_without_torch_or_network(here: Path):
     assert heavy == []
     for command, (code, error, seconds) in zip(asked, found, strict=True):
         assert code == 2, (command, error)
-        assert "does not exist" in error
+        assert "does not exist" in error or "--data-dir typo is not a folder" in error
         assert seconds < 2, command
     assert not (here / "out").exists()
 

@@ -58,6 +58,14 @@ def test_not_a_model(tmp_path):
         resolve(str(tmp_path), print)
 
 
+def test_an_activation_that_vllm_lacks_is_refused_before_it_is_loaded(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(UserError, match="hidden_act 'gelu': vLLM's Llama computes silu alone"):
+        resolve(str(tmp_path / "model"), print)
+
+
 def test_port_in_use(llama):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

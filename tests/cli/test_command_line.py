@@ -93,6 +93,7 @@ def test_version_and_completion():
         ["data", "prepare", "missing.jsonl", "--output", "x", "--tokenizer", "missing.model"],
         ["data", "verify", "missing"],
         ["export", "missing", "--output", "x"],
+        ["export", "", "--output", "empty"],
         ["eval", "--model", "missing", "--tasks", "commonsense"],
         ["serve", "missing"],
     ],

@@ -171,6 +171,8 @@ def main() -> None:
     before = {number: signal.getsignal(number) for number in STOPPING}
     received = _stop_in_order(train)
     try:
+        if "" in sys.argv[1:]:  # as a path it would be the folder we are in
+            raise UserError("an argument is empty", fix="is a variable unset? give a value, or leave the option out")
         build(sys.argv[1] if sys.argv[1:] else None)()
     except UserError as error:
         print_error(str(error))

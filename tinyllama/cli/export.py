@@ -51,7 +51,6 @@ def export_command(
         raise ConfigError(f"--dtype {dtype}", fix="give float32, bfloat16 or float16")
     given = model_source.find(checkpoint, local=True)
     given.check(ours=True, tokenizer=not (given.is_checkpoint and tokenizer))  # said before torch is imported
-    _end_as_by_interrupt()
     console = Console(stderr=True)
     lock = locks.held(locks.beside(output), output, "tinyllama export")
     with lock, console.status("exporting") as status:
@@ -78,15 +77,6 @@ def export_command(
     out.print(
         f"[green]exported[/] step {record['step']:,} ({record['tokens']:,} tokens) to {escape(str(output))}{checked}",
     )
-
-
-def _end_as_by_interrupt() -> None:
-    """Have SIGTERM and SIGHUP unwind the stack, so that nothing half-written is left."""
-    import signal
-    import sys
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
 
 def quantized_lines(found: dict[str, Any], output: str) -> list[str]:

@@ -85,9 +85,8 @@ def train_command(
 
     from rich.console import Console
 
-    from tinyllama import checkpoint, locks
+    from tinyllama import locks
     from tinyllama.errors import ConfigError
-    from tinyllama.tokenizer.export import refuse_unexportable
     from train import accelerators, before_launch, profiling
     from train import launch as launching
     from train import plan as planning
@@ -123,6 +122,8 @@ def train_command(
         each = num_accelerators or 1
         found = describe(wanted, raw, data, each * nodes, device, mfu, gigabytes_per_s, each, tokenizer)
         rate_changes = check_start(wanted, output, resume, found.pop("mixture_sha256"), init_from, allow_rate_jump)
+        if not any_tokenizer:
+            check_tokenizer(output, resume, tokenizer or data / "tokenizer.model")
         found["notes"] = [rate_changes] if rate_changes else []
         print(json.dumps(found)) if as_json else show(found)
         return
@@ -147,10 +148,8 @@ def train_command(
         locks.refuse_another(locks.inside(output), output, job)
     mixture = before_launch.check_data(wanted, data, tokenizer)
     rate_changes = check_start(wanted, output, resume, mixture.sha256, init_from, allow_rate_jump)
-    beside = tokenizer or data / "tokenizer.model"
-    begins = resume == "never" or not checkpoint.list_checkpoints(output)
-    if begins and not any_tokenizer and beside.exists():
-        refuse_unexportable(beside, "--any-tokenizer")
+    if not any_tokenizer:
+        check_tokenizer(output, resume, tokenizer or data / "tokenizer.model")
     console = Console(highlight=False, quiet=several is not None and several.rank > 0)
     steps, batch = wanted.num_steps, wanted.training.batch_tokens
     console.print(f"{wanted.model.num_parameters:,} parameters on {wanted.training.tokens:,} tokens, {steps:,} steps")
@@ -179,6 +178,15 @@ def train_command(
     for name in ("stdout", "stderr"):
         setattr(sys, name, Lasting(getattr(sys, name)))
     sys.exit(launching.launch(command, script, output, lock))
+
+
+def check_tokenizer(output: Path, resume: str, tokenizer: Path) -> None:
+    """UserError if a run that begins would train a model that cannot be exported."""
+    from tinyllama import checkpoint
+    from tinyllama.tokenizer.export import refuse_unexportable
+
+    if tokenizer.exists() and (resume == "never" or not checkpoint.list_checkpoints(output)):
+        refuse_unexportable(tokenizer, "--any-tokenizer")
 
 
 def check_start(

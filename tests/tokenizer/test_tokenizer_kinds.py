@@ -153,9 +153,11 @@ def test_it_is_said_by_prepare_and_refused_before_a_launch(make, tmp_path):
     source = '[{"name": "a", "weight": 1}]'
     more = ["model.vocab_size=450", f"data.sources={source}", "training.tokens=3840"]
     arguments = ["--recipe", "demo", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
-    found = CliRunner().invoke(app, [*arguments, *recipe_settings(*more), "--num-accelerators", "1"]).exception
-    assert isinstance(found, UserError)
-    assert "neither exported nor evaluated" in str(found)
-    assert "--any-tokenizer" in str(found)
+    for dry in ([], ["--dry-run"]):
+        given = [*arguments, *recipe_settings(*more), "--num-accelerators", "1", *dry]
+        found = CliRunner().invoke(app, given).exception
+        assert isinstance(found, UserError)
+        assert "neither exported nor evaluated" in str(found)
+        assert "--any-tokenizer" in str(found)
     assert not list((tmp_path / "run").glob("**/*.pt"))
     shutil.rmtree(tmp_path / "data")

@@ -87,21 +87,25 @@ def run_limited(
     command: Sequence[str], limit_s: float, log: Log, environment: dict[str, str]
 ) -> tuple[int | None, str]:
     """Exit code, None where the time ran out, and the last lines of its output."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment
-    )
-    assert process.stdout is not None
+    others = set(descendants(os.getpid()))
     last: list[bytes] = []
-    reader = threading.Thread(target=lambda: last.append(log.take(process.stdout)), daemon=True)
-    reader.start()
     code: int | None
     try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+        reader = threading.Thread(target=lambda: last.append(log.take(process.stdout)), daemon=True)
+        reader.start()
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         code = None
         end(process)
-    except BaseException:  # this program is to end
-        end(process)
+    except BaseException:  # this program is to end, perhaps before Popen could say which process it has started
+        for pid in {*descendants(os.getpid())} - others:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         raise
     reader.join(2)  # a process that was left behind may hold the pipe
     return code, (last[0] if last else b"").decode(errors="replace")

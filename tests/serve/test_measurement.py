@@ -154,7 +154,7 @@ def test_a_model_that_vllm_cannot_load_is_one_line_with_its_reason(llama, tmp_pa
     broken = tmp_path / "broken"
     shutil.copytree(llama, broken)
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))  # transformers can, vLLM cannot
+    (broken / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_type": "none"}}))
     done = tinyllama("serve", broken, "--output", tmp_path / "out", "--eager", check=False, timeout=300)
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]

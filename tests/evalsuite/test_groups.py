@@ -19,6 +19,8 @@ from evalsuite.containment import groups
 from evalsuite.containment.groups import Group, Place, find, new_name, places, remove, remove_stale
 from evalsuite.sandbox import GROUP_BYTES, GROUPED, MEASURED, Limits, Sandbox
 
+pytestmark = pytest.mark.alone  # other sandboxes of this machine have groups in the same place
+
 MIB = 1 << 20
 PLACE = find()
 needs_groups = pytest.mark.skipif(PLACE is None, reason="this user may make no control groups on this machine")

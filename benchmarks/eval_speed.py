@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             import lm_eval
             from lm_eval.tasks import TaskManager
 
-            folders = [str(Path(scratch) / "tasks" / task.benchmark.name) for task in prepared]
+            folders = [str(folder) for folder in Path(scratch).glob("tasks-*")]
             leaves = [leaf for task in prepared for leaf in task.leaves]
             manager = TaskManager(include_path=folders, include_defaults=False)
             found = [lm_eval.simple_evaluate(model=model, tasks=leaves, task_manager=manager, limit=limit)]

@@ -159,6 +159,6 @@ def test_a_model_that_vllm_cannot_load_is_one_line_with_its_reason(llama, tmp_pa
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert "vLLM cannot load" in line
-    assert "Unsupported activation: gelu" in line
+    assert "ValueError: Unknown RoPE scaling type none" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "bench.json").exists()

@@ -38,9 +38,8 @@ START_S = 30.0  # to make a program's world, on a machine that is busy
 END_S = 5.0  # for a server to end what it runs
 RESERVE = 16  # processes above the limit, so that one that passes it is seen to, and ended
 ADDRESSES = 4  # times the limit on memory: threads reserve far more than they use
-GROUP_BYTES = (
-    64 << 20
-)  # above the limit on memory, for what the kernel keeps: control groups count it, measuring does not
+# Above the limit on memory, for what the kernel keeps: control groups count it, measuring does not.
+GROUP_BYTES = 64 << 20
 WAITING = 3  # times the limit on time, when others keep the processors from a program
 MEASURED = "measured, all processes"
 GROUPED = f"control group and {MEASURED}"

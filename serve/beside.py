@@ -15,6 +15,7 @@ from typing import Any
 
 from serve.bench import Workload
 from serve.source import Source
+from serve.table import INCOMPLETE
 from tinyllama import item_log, strict_json, units
 from tinyllama.errors import ConfigError, UserError
 from tinyllama.stats.paired import Difference, Pairs, paired
@@ -22,8 +23,6 @@ from tinyllama.stats.student import t_quantile
 
 RESULTS_FORMAT = "tinyllama-results-1"
 KEPT = ("metric", "metric_key", "value", "stderr", "ci95", "n", "data_sha256", "higher_is_better", "unit")
-# What reading a file raises that has our format and not all of its fields.
-INCOMPLETE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError)
 # What must be the same for two speeds to say anything about two models.
 SAME = ("input_tokens", "output_tokens", "eager", "temperature", "prompts_file", "max_model_len")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.online import label
-from serve.table import load_bench
+from serve.table import INCOMPLETE, load_bench
 from tinyllama.errors import UserError
 from tinyllama.stats.means import ALPHA, Welch, holm, welch
 
@@ -125,7 +125,7 @@ def load(path: str, name: str) -> Bench:
         failures = _failures(bench)
         values = {**_offline(bench), **_online(bench, failures)}
         circumstances, unfinished = _circumstances(bench), _unfinished(bench, failures)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError) as error:
+    except INCOMPLETE as error:
         raise UserError(f"{path} is incomplete ({error!r})", fix="measure again with tinyllama serve") from None
     if not values:
         what = "".join(f": {load}: {text}" for load, text in list(failures.items())[:1])

@@ -22,6 +22,9 @@ LATENCIES = (
 )
 SHARES = (("bandwidth", "bandwidth_frac"), ("FLOP/s", "flops_frac"))  # of the device's peak
 
+# What reading a file raises that has our format and not all of its fields.
+INCOMPLETE = (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, IndexError)
+
 
 def load_bench(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a bench.json, or the one in a directory; UserError if it is none."""

@@ -123,9 +123,9 @@ def test_each_window_is_seen_as_often_as_the_epochs_say(epochs):
 
 def test_seeking_far_ahead_is_instant():
     order = Order([10**13, 4 * 10**12], [0.7, 0.3], 2048, 1)
-    started = time.perf_counter()
+    started = time.process_time()
     windows = [order(10**9 + i) for i in range(1000)]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len({(w.source, w.start) for w in windows}) == 1000
 
 

@@ -14,13 +14,13 @@ import os
 import site
 import sys
 from _blake2 import blake2b  # hashlib would load OpenSSL into every program's process
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 READY, FAILED = b"R", b"!"
 SECRET_BYTES = 32
 CHECK = "check"  # the function that HumanEval's tests define and call
 REASON_CHARS = 300
+SWALLOWED = "the program has swallowed its tests"
 
 
 class WriteOnly(io.StringIO):
@@ -44,14 +44,18 @@ def seal(secret: bytes, process: int) -> bytes:
     return blake2b(b"%d" % process, key=secret).digest()
 
 
-def main(text: str, first_test: int | None, must_fail: bool, pipe: int, secret: bytes) -> NoReturn:
-    """Run a program's text and report through a pipe. first_test: the line where its tests begin. must_fail: give it tests
-    that cannot pass.
+def main(task: dict[str, Any], pipe: int) -> NoReturn:
+    """Run a task's "program" and report through a pipe. "first_test": the line where its tests begin. "must_fail": give it
+    tests that cannot pass. "secret": for the seal, in hexadecimal digits.
+
+    What the program could read in the frames below its own, and that says which run this is, is taken out of them.
     """
     _forget()
     tell, leave, number, digest = os.write, os._exit, os.getpid, blake2b
+    secret = bytes.fromhex(task.pop("secret"))
     try:
-        _run(_compiled, text, first_test, must_fail, tell, pipe, digest, secret, number, leave)
+        code = _compiled(task.pop("program"), task.pop("first_test"), task.pop("must_fail"))
+        _run(code, tell, pipe, digest, secret, number, leave)
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt are failures too
         reason = _described(error)
     tell(pipe, FAILED + reason)
@@ -60,10 +64,8 @@ def main(text: str, first_test: int | None, must_fail: bool, pipe: int, secret: 
 
 
 def _run(
-    compiled: Callable[..., Any], text: str, first_test: int | None, must_fail: bool, tell: Any, pipe: int, digest: Any,
-    secret: bytes, number: Any, leave: Any, run: Any = exec,
+    code: Any, tell: Any, pipe: int, digest: Any, secret: bytes, number: Any, leave: Any, run: Any = exec
 ) -> None:  # fmt: skip
-    code = compiled(text, first_test, must_fail)
     # One line: a trace function can move a frame to the beginning of any of its lines, past none of these calls.
     # fmt: off
     run(code, {}), tell(pipe, digest(b"%d" % number(), key=secret).digest()), leave(0)
@@ -92,25 +94,42 @@ def _forget() -> None:
 
 def _compiled(text: str, first_test: int | None, must_fail: bool) -> Any:
     """The program's code; SyntaxError as Python has it, ValueError where the program has swallowed its tests."""
-    code = compile(text, "<string>", "exec", dont_inherit=True)
-    if first_test is None and not must_fail:
-        return code
+    code = _code(text)
+    if first_test is None:
+        return _code(f"{text}\nassert 0") if must_fail else code
     try:
         tree = ast.parse(text)
-    except RecursionError:  # nested deeper than can be taken apart, not deeper than can be run
-        return compile(f"{text}\nassert 0", "<string>", "exec", dont_inherit=True) if must_fail else code
-    tests = [node for node in tree.body if first_test and node.lineno >= first_test]
-    if first_test and not tests:
-        raise ValueError("the program has swallowed its tests")
-    return _failing(tree, tests) if must_fail else code
+        tests = [node for node in tree.body if node.lineno >= first_test]
+        if not tests:
+            raise ValueError(SWALLOWED)
+        return _code(_failing(tree, tests)) if must_fail else code
+    except RecursionError:  # the program is nested deeper than can be taken apart, not deeper than can be run
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        program, own = "\n".join(lines[: first_test - 1]) + "\n", "\n".join(lines[first_test - 1 :])
+        failing = _failing_text(program, own)
+        return _code(program + failing) if must_fail else code
 
 
-def _failing(tree: ast.Module, tests: list[ast.stmt]) -> Any:
-    """The code of a program with tests that cannot pass: their function fails at its end, else the whole text does."""
+def _code(source: str | ast.Module) -> Any:
+    return compile(source, "<string>", "exec", dont_inherit=True)
+
+
+def _failing(tree: ast.Module, tests: list[ast.stmt]) -> ast.Module:
+    """A program with tests that cannot pass: their function fails at its end, else the whole text does."""
     assertion = ast.Assert(test=ast.Constant(value=0))
     checks = [node for node in tests if isinstance(node, ast.FunctionDef) and node.name == CHECK]
     for check in checks:
         check.body = [ast.Try(body=check.body, handlers=[], orelse=[], finalbody=[assertion])]
     if not checks:
         tree.body.append(assertion)
-    return compile(ast.fix_missing_locations(tree), "<string>", "exec", dont_inherit=True)
+    return ast.fix_missing_locations(tree)
+
+
+def _failing_text(program: str, tests: str) -> str:
+    """The same of tests alone, as text; ValueError where the program is not over when they begin."""
+    try:
+        _code(program)
+        tree = ast.parse(tests)
+    except SyntaxError:
+        raise ValueError(SWALLOWED) from None
+    return ast.unparse(_failing(tree, tree.body))

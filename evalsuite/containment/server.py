@@ -190,10 +190,8 @@ def _program(task: dict[str, Any], uid: int | None, writer: int) -> NoReturn:
         os.closerange(FIRST_FREE, pipe)
         privileges.drop(task["limits"], uid)
         sys.path += task["site"]
-        secret = bytes.fromhex(task.pop("secret"))
-        text, first_test, must_fail = task.pop("program"), task["first_test"], task["must_fail"]
         os.write(pipe, judged.READY)
     except OSError as error:
         os.write(pipe, str(error).encode())
         os._exit(1)
-    judged.main(text, first_test, must_fail, pipe, secret)
+    judged.main(task, pipe)

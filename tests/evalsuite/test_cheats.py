@@ -40,10 +40,16 @@ def test_cheats_do_not_pass(sandbox, name):
 
 
 # Given as one text, nobody knows where the tests begin: what exec passes, passes.
-ONE_TEXT = ("replaces the tests from a thread", "decorates the tests")
+ONE_TEXT = (
+    "replaces the tests from a thread",
+    "decorates the tests",
+    "replaces the code of the tests, and is nested too deeply to be taken apart",
+)
 
 
 def test_what_is_right_passes_with_such_tests(sandbox):
     for tests in (TESTS, LINES):
         assert sandbox.run("def f(x):\n    return x + 1\n", tests=tests).passed
         assert "AssertionError" in sandbox.run("def f(x):\n    return x\n", tests=tests).reason
+        deep = f"y = {'-' * 1500}1\n"
+        assert sandbox.run(f"{deep}def f(x):\n    return x + 1\n", tests=tests).passed

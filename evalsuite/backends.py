@@ -11,6 +11,7 @@ from typing import Any
 
 from tinyllama import checkpoint, model_source, processes, scratch
 from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.model import stored
 from tinyllama.model_source import ModelSource
 
 BACKENDS = ("native", "hf", "vllm")
@@ -72,6 +73,8 @@ def choose(
     if source.is_hub and derived == "native":
         raise UserError(f"--backend native needs a local directory, {model} is a hub id", fix="use hf or vllm")
     source.check(ours=False)
+    if derived == "vllm" and source.kind == "directory" and source.config["model_type"] == "llama":
+        stored.refuse_what_vllm_prefers(source.path)
     if derived == "native":
         try:
             source.check(ours=True)
@@ -138,8 +141,9 @@ def make(choice: ModelChoice, log: Path) -> Any:
     """The lm-eval model object of a choice. UserError with the reason for a model that its backend cannot load."""
     try:
         return _make(choice, log)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if choice.backend == "native" or type(error).__name__ == "OutOfMemoryError":
+    except Exception as error:  # those of tokenizers and safetensors have no other base
+        known = isinstance(error, UserError | ModuleNotFoundError) or type(error).__name__ == "OutOfMemoryError"
+        if choice.backend == "native" or known:
             raise
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(

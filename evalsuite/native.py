@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 
 from evalsuite import generation_settings, scorable
 from evalsuite.backends import ModelChoice, exact_float32, tokenizer_directory
@@ -27,6 +27,7 @@ from evalsuite.generation_settings import GenerationSettings, room_for_prompt
 from evalsuite.scoring import Continuation, Work
 from tinyllama import checkpoint, host_memory
 from tinyllama.errors import UserError
+from tinyllama.model import tokenizer_files
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, load_model
 from tinyllama.model.llama import Llama
@@ -37,6 +38,21 @@ SAMPLING_SEED = 1234  # lm-eval's
 def model_config(choice: ModelChoice) -> ModelConfig:
     """The architecture, from a checkpoint or a Hugging Face directory."""
     return choice.source.llama()
+
+
+def load_tokenizer(choice: ModelChoice) -> Any:
+    """The tokenizer, checked against the model: before the weights are read, which takes long."""
+    directory = tokenizer_directory(choice)
+    tokenizer = tokenizer_files.load(directory)
+    if directory != Path(choice.path):
+        shutil.rmtree(directory)
+    num_tokens, vocab_size = 1 + max(tokenizer.get_vocab().values(), default=0), model_config(choice).vocab_size
+    if num_tokens > vocab_size:
+        raise UserError(
+            f"the tokenizer of {choice.path} has {num_tokens} pieces, the model {vocab_size}",
+            fix="use the tokenizer that the model was trained with",
+        )
+    return tokenizer
 
 
 def hf_config(config: ModelConfig) -> LlamaConfig:
@@ -81,6 +97,7 @@ class NativeLM(CountingHFLM):
     def load(cls, choice: ModelChoice, copies: int = 1) -> NativeLM:
         """From a checkpoint (no conversion step) or a Hugging Face directory. copies: that share this machine's memory."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = load_tokenizer(choice)
         if choice.dtype == "float32":
             exact_float32()
         if choice.source.is_checkpoint:
@@ -89,7 +106,7 @@ class NativeLM(CountingHFLM):
             llama = load_model(choice.path, choice.dtype)
         if device == "cpu":
             host_memory.keep()
-        model = cls._around(_Body(llama.config, llama.to(device)), choice)
+        model = cls._around(_Body(llama.config, llama.to(device)), choice, tokenizer)
         budget = budget_of(llama, free_bytes(device) // _sharers(copies))
         if choice.batch_size is not None:
             budget = Budget(choice.batch_size * TOKENS_PER_ROW, choice.batch_size)
@@ -99,9 +116,10 @@ class NativeLM(CountingHFLM):
     @classmethod
     def over_copies(cls, choice: ModelChoice) -> NativeLM:
         """choice.copies of the model, in processes of their own; here is none."""
+        tokenizer = load_tokenizer(choice)
         copies = Copies(choice, choice.copies)
         try:
-            model = cls._around(_Body(model_config(choice)), choice)
+            model = cls._around(_Body(model_config(choice)), choice, tokenizer)
         except BaseException:
             copies.close()
             raise
@@ -109,18 +127,8 @@ class NativeLM(CountingHFLM):
         return model
 
     @classmethod
-    def _around(cls, body: _Body, choice: ModelChoice) -> NativeLM:
-        """All but the engine: the tokenizer, checked against the model, and HFLM's settings."""
-        directory = tokenizer_directory(choice)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        if directory != Path(choice.path):
-            shutil.rmtree(directory)
-        num_tokens = 1 + max(tokenizer.get_vocab().values(), default=0)
-        if num_tokens > body.config.vocab_size:
-            raise UserError(
-                f"the tokenizer of {choice.path} has {num_tokens} pieces, the model {body.config.vocab_size}",
-                fix="use the tokenizer that the model was trained with",
-            )
+    def _around(cls, body: _Body, choice: ModelChoice, tokenizer: Any) -> NativeLM:
+        """All but the engine: the tokenizer and HFLM's settings."""
         model = cls(
             pretrained=body,
             tokenizer=tokenizer,

@@ -18,6 +18,7 @@ from typing import Any
 from evalsuite import backends
 from evalsuite.backends import ModelChoice
 from tinyllama.errors import ConfigError, UserError
+from tinyllama.model import tokenizer_files
 from tinyllama.model.config import ModelConfig
 
 PROMPTS = (
@@ -75,9 +76,7 @@ def not_compared(choice: ModelChoice, content_sha256: str) -> dict[str, Any] | N
 
 def expected(choice: ModelChoice) -> Expected:
     """Ask the other implementation. Its memory is given back."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(choice.path)
+    tokenizer = tokenizer_files.load(choice.path)
     against, logits_of, vocabulary = _reference(choice)
     contexts, tokens, logprobs, leads = [], [], [], []
     room = backends.context(choice) or max(map(len, PROMPTS)) + GREEDY_TOKENS
@@ -116,7 +115,16 @@ def _reference(choice: ModelChoice) -> tuple[str, Callable[[list[int]], Any], in
     if choice.backend == "native":
         from transformers import AutoModelForCausalLM
 
-        theirs = AutoModelForCausalLM.from_pretrained(choice.path, dtype=torch.float32).to(device).eval()
+        from evalsuite.budget import is_out_of_memory
+
+        try:
+            theirs = AutoModelForCausalLM.from_pretrained(choice.path, dtype=torch.float32).to(device).eval()
+            theirs(torch.zeros(1, 1, dtype=torch.long, device=device))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
+            raise UserError(f"transformers cannot run it ({reason})", fix="correct its config.json") from error
 
         def transformers_logits(ids: list[int]) -> Any:
             with torch.no_grad():

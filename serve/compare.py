@@ -214,6 +214,13 @@ def _unfinished(bench: dict[str, Any], failures: Collection[str]) -> dict[str, s
     }
 
 
+def _refuse_another(said: Any, samples: Sequence[float], what: str) -> None:
+    """ValueError where a mean that a bench says is not that of its samples: its tables would show what is not compared."""
+    mean = math.fsum(samples) / len(samples)
+    if said is not None and not math.isclose(said["mean"], mean, rel_tol=1e-3, abs_tol=0.01):
+        raise ValueError(f"the mean {what} is {said['mean']:.6g}, of its samples {mean:.6g}")
+
+
 def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {}
     for point in bench["throughput"]:
@@ -221,13 +228,17 @@ def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
         lengths = f"{point['input_tokens']}x{point['output_tokens']}"
         name = f"batch {point['batch_size']}{f', n={many}' if many > 1 else ''}, {lengths}"
         tokens = point["batch_size"] * many * point["output_tokens"]
-        found[name, OUTPUT_RATE] = [tokens / _number(seconds) for seconds in point["samples_s"]]
+        rates = [tokens / _number(seconds) for seconds in point["samples_s"]]
+        _refuse_another(point.get("output_tokens_per_s"), rates, f"{OUTPUT_RATE} of {name}")
+        found[name, OUTPUT_RATE] = rates
     settings = bench["settings"]
     for key, metric in SINGLE_LATENCIES.items():
         seconds = bench["latency"]["samples"].get(key)
         if seconds:
             name = f"one request, {settings['input_tokens']}x{settings['output_tokens']}"
             found[name, metric] = [1e3 * _number(s) for s in seconds]
+            said = bench["latency"].get(f"{key.removesuffix('_s')}_ms")
+            _refuse_another(said, found[name, metric], f"{metric} of {name}")
     return found
 
 
@@ -240,6 +251,9 @@ def _online(bench: dict[str, Any], failures: Collection[str]) -> dict[tuple[str,
         if point["status"] != "done" or load in failures:
             continue
         values = {metric: point[key]["mean"] for key, metric in ONLINE_LATENCIES.items() if point[key]}
+        for key in ("ttft", "e2e"):
+            if raw := (point["samples"] or {}).get(f"{key}_s"):
+                _refuse_another(point[f"{key}_ms"], [1e3 * _number(s, 0) for s in raw], f"{key} at {load}")
         if point["kind"] == "concurrency" or point["value"] == "inf":  # else the arrivals set it, not the server
             values[OUTPUT_RATE] = point["output_tokens_per_s"]
         if point["goodput_rps"] is not None:

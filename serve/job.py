@@ -18,6 +18,7 @@ from serve.bench import Measurement, Workload, header, measure, refuse_to_replac
 from serve.hardware import NO_LIMITS, Limits
 from serve.online import OnlineWorkload, Sweep
 from serve.source import Source
+from serve.table import INCOMPLETE, markdown
 from tinyllama.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,9 +101,20 @@ class _Run:
             alike = all(found[key] == self.fresh[key] for key in ("format", "versions", "device"))
             names = (*ENGINE, "model_sha256")
             alike &= all(found["settings"].get(name) == self.fresh["settings"][name] for name in names)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *INCOMPLETE):
             return None
-        return found if alike else None
+        if not alike:
+            return None
+        try:  # all that goes on with it reads
+            unfinished(found)
+            markdown(found)
+            if found.get("online") and self.job.online:
+                Sweep(self.job.online, self._identity(), found["online"]).describe()
+        except INCOMPLETE as error:
+            raise UserError(
+                f"{self.job.target / 'bench.json'} is incomplete ({error!r})", fix="move it away, to measure all anew"
+            ) from None
+        return found
 
     def run(self) -> dict[str, Any]:
         """Offline, then online."""

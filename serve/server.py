@@ -48,11 +48,12 @@ def parse_address(text: str) -> tuple[str, int]:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, int(port)))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
+        except (OSError, TypeError, ValueError) as error:  # the last two: of a name that cannot be encoded
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 fix = "choose another, or 0 for a free one"
                 raise ConfigError(f"--listen {text}: port {port} is in use", fix=fix) from None
-            raise ConfigError(f"--listen {text}: {error.strerror}", fix="give an address of this machine") from None
+            reason = error.strerror if isinstance(error, OSError) else "no name of a machine"
+            raise ConfigError(f"--listen {text}: {reason}", fix="give an address of this machine") from None
         return host, probe.getsockname()[1]
 
 

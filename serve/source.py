@@ -14,6 +14,7 @@ from typing import Any
 from tinyllama import model_source
 from tinyllama.data.durable import read_json
 from tinyllama.errors import ConfigError, UserError
+from tinyllama.model import stored
 from tinyllama.model.config import ModelConfig
 from tinyllama.model_source import ModelSource
 
@@ -140,6 +141,8 @@ def resolve(model: str, report: Callable[[str], None], option: str | None = None
         raise ConfigError(
             f"{found.location}: hidden_act {activation!r}: vLLM's Llama computes silu alone", fix="evaluate it with hf"
         )
+    if found.kind == "directory" and found.config.get("model_type") == "llama":
+        stored.refuse_what_vllm_prefers(found.path)
     if found.is_hub:
         return Source(found.location, found.name, found.config, {})
     if not found.is_checkpoint:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # takes its types.
 TALKATIVE = ("torchao", "torch.utils._pytree")
 MAX_SHARD_BYTES = 5_000_000_000
+PARTIAL = ".partial"  # what is being written, until it has its name
 REFUSALS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
     errno.EEXIST, errno.ENAMETOOLONG,
@@ -184,7 +185,7 @@ def appearing(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write into; `finish` gives it its name. Nothing of it is left if the block does not end
     well, however that is. UserError where the operating system refuses to write.
     """
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.with_name(f"{target.name}{PARTIAL}")
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -225,21 +226,46 @@ def refuse_too_large(target: Path, size: int) -> None:
 
 
 def refuse_to_replace(target: Path) -> None:
-    """ConfigError where something lies that is no export."""
+    """ConfigError where something lies that is no export, or that holds what no export wrote: it would be lost."""
     if not target.name or target.name == "..":
         raise ConfigError(f"--output {target} is no name", fix="give the folder to make, such as exports/1b")
-    if os.path.lexists(target) and not (target / RECORD).exists():
+    if target.name.endswith(PARTIAL):
+        raise ConfigError(f"--output {target}: exports of such a name are unfinished ones", fix="give another name")
+    if not os.path.lexists(target):
+        return
+    if not (target / RECORD).exists():
         raise ConfigError(f"{target} exists and is not an export", fix="give another --output")
+    if target.is_symlink():
+        raise ConfigError(f"--output {target} is a link", fix=f"give the folder itself, {target.resolve()}")
+    if foreign := _foreign(target):
+        raise ConfigError(
+            f"{target} holds {foreign[0]}, which is no part of the export", fix="move it away, or give another --output"
+        )
+
+
+def _foreign(target: Path) -> list[str]:
+    """Folders in an export, and files that its record does not list (those of older releases list none)."""
+    try:
+        own = json.loads((target / RECORD).read_text()).get("files")
+    except (OSError, ValueError, AttributeError):
+        own = None
+    with os.scandir(target) as entries:
+        found = [(entry.name, entry.is_dir()) for entry in entries]
+    listed = {RECORD, *own} if isinstance(own, list) else None
+    # Of hidden files, which desktops make, nobody would miss one.
+    return sorted(n for n, folder in found if folder or (listed and n not in listed and not n.startswith(".")))
 
 
 def finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
     """Hash what was written into `record`, write that, and give the directory its final name."""
+    refuse_to_replace(target)  # a long export later
     record["content_sha256"] = content_sha256(partial)
+    record["files"] = sorted(os.listdir(partial))
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     if not target.exists():
         os.replace(partial, target)
         return
-    old = target.with_name(f"{target.name}.old.partial")
+    old = target.with_name(f"{target.name}.old{PARTIAL}")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(target, old)
     try:

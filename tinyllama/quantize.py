@@ -34,7 +34,7 @@ from tinyllama.export import (
     refuse_too_large,
     write_weights,
 )
-from tinyllama.model import quantized
+from tinyllama.model import quantized, tokenizer_files
 from tinyllama.model.config import ModelConfig
 from tinyllama.model.hf import DTYPES, lazy_tensors, load_model, read_tensors
 from tinyllama.model.quantized import Quantization
@@ -190,10 +190,8 @@ def probe(directory: Path, config: ModelConfig) -> Tensor:
     """(rows, T) ids of English prose that ships with CPython (its help topics), in the model's own tokenizer."""
     import pydoc_data.topics
 
-    from transformers import AutoTokenizer
-
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:12])
-    ids = AutoTokenizer.from_pretrained(directory)(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer_files.load(directory)(text, add_special_tokens=False)["input_ids"]
     length = min(PROBE_TOKENS, config.max_position_embeddings, len(ids))
     rows = min(PROBE_ROWS, len(ids) // length)
     return torch.tensor(ids[: rows * length]).view(rows, length)

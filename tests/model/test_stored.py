@@ -132,6 +132,9 @@ def damaged_headers() -> dict[str, Callable[[dict[str, Any], bytes], tuple[bytes
     def twice(header: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
         return json.dumps(header).encode()[:-1] + f', "{FIRST}": {json.dumps(header[FIRST])}}}'.encode(), data
 
+    def field_twice(header: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
+        return json.dumps(header).replace('"dtype": ', '"dtype": "F32", "dtype": ', 1).encode(), data
+
     return {
         "data cut off": lambda header, data: (header, data[:-4]),
         "data too long": lambda header, data: (header, data + b"\0"),
@@ -150,6 +153,8 @@ def damaged_headers() -> dict[str, Callable[[dict[str, Any], bytes], tuple[bytes
         "three offsets": edit(data_offsets=[0, 1, 2]),
         "overlapping": overlap,
         "twice": twice,
+        "a field twice": field_twice,
+        "metadata are numbers": lambda header, data: ({**header, "__metadata__": {"format": 1}}, data),
     }
 
 

@@ -204,6 +204,15 @@ def test_damaged_benches(tmp_path):
     del content["settings"]["input_tokens"]
     with pytest.raises(UserError, match="is incomplete"):
         compare.compare([str(write(tmp_path / "a", content))])
+    edited = bench(online=False)
+    edited["throughput"][0]["output_tokens_per_s"] = {"mean": 99_000.0, "low": None, "high": None}
+    with pytest.raises(UserError, match=r"mean output tok/s of batch 1, 24x16 is 99000, of its samples 1\d\d"):
+        compare.compare([str(write(tmp_path / "c", edited))])
+    other_unit = bench()
+    first = other_unit["online"]["points"][0]
+    first["samples"] = {"ttft_s": [first["ttft_ms"]["mean"]]}  # in milliseconds
+    with pytest.raises(UserError, match="the mean ttft at 2 req/s"):
+        compare.compare([str(write(tmp_path / "d", other_unit))])
     empty = {**bench(online=False), "throughput": [], "latency": {"samples": {}}}
     with pytest.raises(UserError, match="holds no finished measurement"):
         compare.compare([str(write(tmp_path / "b", empty))])

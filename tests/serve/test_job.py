@@ -12,8 +12,11 @@ import pytest
 from conftest import ROOT
 
 from serve import online, slo
-from serve.job import unfinished
+from serve.bench import Workload
+from serve.job import Job, _Run, unfinished
 from serve.online import OnlineWorkload, Sweep
+from serve.source import Source
+from tinyllama.errors import UserError
 
 ENGINE = {"dtype": "bfloat16", "max_num_seqs": 8}
 IDENTITY = {"engine": ENGINE, "model_sha256": "a", "device": {"name": "cpu"}, "vllm": "0.32.0"}
@@ -43,6 +46,20 @@ def test_finished_points_are_kept():
     assert not again.complete
     assert unfinished({"online": earlier})
     assert not unfinished({})
+
+
+@pytest.mark.parametrize("online", [{"settings": {}, "points": [{}]}, 5, {"settings": [], "points": []}])
+def test_a_damaged_bench_is_one_line_and_stays(tmp_path: Path, online: Any):
+    job = Job(Source(str(tmp_path), "m", {}, {}), tmp_path, pytest.fail, Workload())
+    run = object.__new__(_Run)
+    run.job, run.earlier = job, None
+    settings = {"dtype": "bfloat16", "max_model_len": 8, "eager": True, "draft": None, "model_sha256": "a"}
+    run.fresh = {"format": "f", "versions": {}, "device": {}, "settings": settings}
+    text = json.dumps({**run.fresh, "throughput": [], "latency": {}, "online": online})
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(UserError, match=r"bench\.json is incomplete .* move it away"):
+        run._earlier()
+    assert (tmp_path / "bench.json").read_text() == text
 
 
 def test_more_loads_and_repeats_keep_what_is_the_same():
@@ -103,8 +120,6 @@ def test_the_curve_is_over_repeats_that_are_finished():
 
 
 def test_a_model_is_known_by_its_content(tmp_path: Path):
-    from serve.source import Source
-
     (tmp_path / "model.safetensors").write_bytes(b"1")
     source = Source(str(tmp_path), "m", {}, {})
     before = source.content()

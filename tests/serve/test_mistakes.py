@@ -66,13 +66,22 @@ def test_an_activation_that_vllm_lacks_is_refused_before_it_is_loaded(llama, tmp
         resolve(str(tmp_path / "model"), print)
 
 
+def test_weights_that_vllm_alone_would_read_are_refused(llama, tmp_path):
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    shutil.copy(model / "model.safetensors", model / "consolidated.00.safetensors")
+    with pytest.raises(UserError, match="vLLM would read consolidated"):
+        resolve(str(model), print)
+
+
 def test_port_in_use(llama):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port} is in use" in refused(llama, "--listen", f"127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "256.1.1.1:80"])
+@pytest.mark.parametrize(
+    "address", ["nonsense", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "256.1.1.1:80", "\udcff:80"]
+)
 def test_unusable_address(address):
     with pytest.raises(UserError, match="--listen"):
         parse_address(address)

@@ -135,6 +135,15 @@ def find_weights(directory: Path) -> Weights:
     return sets[0]
 
 
+def refuse_what_vllm_prefers(directory: Path) -> None:
+    """CheckpointError for a Llama's directory in which vLLM would take other weights than transformers and this toolkit."""
+    for file in sorted(directory.glob("consolidated*.safetensors")):
+        raise CheckpointError(
+            f"{directory} holds two sets of weights, and vLLM would read {file.name}: which one?",
+            fix="move away the files that are not meant",
+        )
+
+
 def _sets(directory: Path) -> list[Weights]:
     """Every set of weights of a directory. In torch's format one that was not downloaded is none beside safetensors."""
     found: list[Weights] = []
@@ -220,12 +229,16 @@ def headers(file: Path) -> dict[str, Stored]:
     try:
         pairs = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: pairs)
         entries = [(name, dict(entry)) for name, entry in pairs]
+        if any(len(dict(entry)) < len(entry) for _, entry in pairs):
+            raise ValueError("a key stands there twice")
     except (ValueError, TypeError, RecursionError) as error:
         raise damaged(f"its header is not JSON: {error}") from None
     found: dict[str, Stored] = {}
     spans = []
     for name, entry in entries:
         if name == "__metadata__":
+            if not all(isinstance(text, str) for text in entry.values()):
+                raise damaged("its metadata are not texts")
             continue
         if name in found:
             raise damaged(f"{name} stands there twice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tinyllama.errors import ConfigError
 from tinyllama.model import stored
@@ -46,3 +47,17 @@ def check(directory: Path, vocab_size: int | None) -> None:
             f"{path} has ids up to {max(ids)}, the model's vocab_size is {vocab_size}",
             fix="save the tokenizer there that the model was trained with",
         )
+
+
+def load(directory: str | os.PathLike[str]) -> Any:
+    """transformers' tokenizer of a directory; ConfigError for one that it cannot make, of whatever is wrong with its files."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # those of tokenizers have no other base
+        reason = next(iter(str(error).strip().splitlines()), "")[:200]
+        raise ConfigError(
+            f"{directory}: transformers cannot read its tokenizer ({reason or type(error).__name__})",
+            fix="save the tokenizer there that the model was trained with",
+        ) from error

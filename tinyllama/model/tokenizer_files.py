@@ -50,7 +50,7 @@ def check(directory: Path, vocab_size: int | None) -> None:
 
 
 def load(directory: str | os.PathLike[str]) -> Any:
-    """transformers' tokenizer of a directory; ConfigError for one that it cannot make, of whatever is wrong with its files."""
+    """The tokenizer of a directory, as transformers makes it. ConfigError, whatever is wrong with its files."""
     from transformers import AutoTokenizer
 
     try:

@@ -202,16 +202,31 @@ def _failures(bench: dict[str, Any]) -> dict[str, str]:
 
 
 def _unfinished(bench: dict[str, Any], failures: Collection[str]) -> dict[str, str]:
-    """Each load of which repeats were not run, because something stopped the sweep; those with failures say that instead."""
+    """Each load of which repeats that the settings name are not there, because something stopped the sweep or somebody
+    took them out; those with failures say that instead.
+    """
     online = bench.get("online") or {"points": []}
-    repeats: dict[str, list[bool]] = {}
+    found: dict[str, str] = {}
+
+    def look(load: str, run: int, asked: Any) -> None:
+        if asked is not None and run < _count(asked) and load not in failures:
+            found[load] = f"{asked - run} of {asked} repeats were not run"
+
+    runs: dict[str, list[bool]] = {}
     for point in online["points"]:
-        repeats.setdefault(_load_of(online, point), []).append(point["status"] == "not run")
-    return {
-        load: f"{sum(missing)} of {len(missing)} repeats were not run"
-        for load, missing in repeats.items()
-        if any(missing) and load not in failures
-    }
+        runs.setdefault(_load_of(online, point), []).append(point["status"] != "not run")
+    for load, run in runs.items():
+        look(load, sum(run), online["settings"].get("repeats", len(run)))
+    for point in bench["throughput"]:
+        look(_batch_of(point), len(point["samples_s"]), bench["settings"].get("repeats"))
+    return found
+
+
+def _batch_of(point: dict[str, Any]) -> str:
+    """An offline point in words."""
+    many = point.get("samples_per_prompt", 1)
+    lengths = f"{point['input_tokens']}x{point['output_tokens']}"
+    return f"batch {point['batch_size']}{f', n={many}' if many > 1 else ''}, {lengths}"
 
 
 def _refuse_another(said: Any, samples: Sequence[float], what: str) -> None:
@@ -224,10 +239,8 @@ def _refuse_another(said: Any, samples: Sequence[float], what: str) -> None:
 def _offline(bench: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {}
     for point in bench["throughput"]:
-        many = point.get("samples_per_prompt", 1)
-        lengths = f"{point['input_tokens']}x{point['output_tokens']}"
-        name = f"batch {point['batch_size']}{f', n={many}' if many > 1 else ''}, {lengths}"
-        tokens = point["batch_size"] * many * point["output_tokens"]
+        name = _batch_of(point)
+        tokens = point["batch_size"] * point.get("samples_per_prompt", 1) * point["output_tokens"]
         rates = [tokens / _number(seconds) for seconds in point["samples_s"]]
         _refuse_another(point.get("output_tokens_per_s"), rates, f"{OUTPUT_RATE} of {name}")
         found[name, OUTPUT_RATE] = rates

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from serve import bench
+from tinyllama.data.durable import refuse_unwritable, write_text
 from tinyllama.errors import DataError
 from tinyllama.sheets import Comparison
 from train.before_launch import check_output
@@ -60,6 +62,31 @@ def test_a_bench_never_replaces_other_files(tmp_path):
     kept(tmp_path / "table.md", "# My notes\n", lambda: bench.refuse_to_replace(tmp_path))
     (tmp_path / "table.md").write_text("## Throughput\n")
     bench.refuse_to_replace(tmp_path)
+
+
+def test_what_is_no_file_is_written_into_and_stays(tmp_path):
+    """/dev/null and /dev/stdout too: a rename would put a file in their place, for all programs of the machine."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    refuse_unwritable(pipe)
+    write_text(pipe, ["a", "b"])
+    assert os.read(reader, 10) == b"ab"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_link_stays_one_and_what_it_names_is_written(tmp_path):
+    (tmp_path / "below").mkdir()
+    link = tmp_path / "latest.md"
+    link.symlink_to("below/table.md")
+    for text in ("new", "newer"):
+        refuse_unwritable(link)
+        write_text(link, [text])
+        assert (tmp_path / "below" / "table.md").read_text() == text
+    assert link.is_symlink()
+    assert os.listdir(tmp_path / "below") == ["table.md"]
 
 
 def test_a_run_never_replaces_the_configuration_of_an_export(tmp_path):

@@ -164,6 +164,17 @@ def test_the_gate(three):
     assert tinyllama("compare", first, slower, "--fail-if-drop", 15).returncode == 0
 
 
+def test_repeats_that_were_taken_out_are_missed(three, tmp_path):
+    edited = bench(seed=2)
+    edited["settings"]["repeats"] = 6
+    edited["throughput"][1]["samples_s"] = edited["throughput"][1]["samples_s"][:2]
+    edited["online"]["points"] = [p for p in edited["online"]["points"] if p["kind"] == "rate" or p["repeat"] < 3]
+    report = compare.compare([str(three[0]), str(write(tmp_path / "edited", edited))])
+    assert report.benches[1].unfinished == {
+        "4 at a time, 24x16, 10 requests": "3 of 6 repeats were not run", "batch 8, 24x16": "4 of 6 repeats were not run"
+    }  # fmt: skip
+
+
 def test_mistakes_are_one_line(three, tmp_path):
     first, again = str(three[0]), str(three[1])
     scores = tmp_path / "scores"

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,14 +28,33 @@ def _partial_suffix() -> str:
     return f".{socket.gethostname()}-{os.getpid()}.partial"
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a device, a pipe or a socket (/dev/null, /dev/stdout): written into. A rename would put a file there."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextlib.contextmanager
 def durable(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file ("w" of text, "wb" of bytes) that appears when the block ends. Writers of the same file do not meet; the last
-    one stays.
+    one stays. A link stays one, and so does what is no file.
     """
+    encoding = None if "b" in mode else "utf-8"
+    if is_special(path):
+        with open(path, mode, encoding=encoding) as stream:
+            yield stream
+        return
+    path = _behind_links(path)
     partial = partial_name(path)
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with open(partial, mode, encoding=encoding) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -104,6 +124,11 @@ def refuse_unwritable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return
+        path = _behind_links(path)
         partial_name(path).touch()
         partial_name(path).unlink()
     except OSError as error:

@@ -19,6 +19,7 @@ Parts = list[tuple[float, Estimate]]  # independent parts of a score, each with 
 def estimate(entry: dict[str, Any], share: bool, count: int | None = None) -> Estimate:
     """Of an entry or one of its leaves. In files that say no effective count it follows from the standard error."""
     value, stderr, n = entry["value"], entry["stderr"], float(entry.get("n") or count or 1)
+    value = min(1.0, max(0.0, value)) if share else value  # but for rounding it is there
     if "effective_n" in entry:
         dof = math.inf if entry["dof"] is None else entry["dof"]
         return Estimate(value, stderr, entry["effective_n"], dof, entry["units"], share)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evalsuite.aggregate import suite_mean
 from tinyllama.stats import intervals
 from tinyllama.stats.intervals import Estimate, combined, describe, interval, score_limits, wilson
 from tinyllama.stats.student import t95
@@ -72,6 +73,25 @@ def test_few_items_have_an_error():
     for values in ([0.5] * 5, [0.3], [0.0] * 5, [1.0] * 2, [0.2, 0.2, 0.2]):
         own = interval(describe(values))
         assert own.high - own.low > 0.1
+
+
+def test_what_rounding_does_to_a_share_is_no_error():
+    """A metric of a user's own may add up parts to a last digit above 1, in an entry of results.json too."""
+    assert describe([1.0000000001, 0.5, -1e-12]) == describe([1, 0.5, 0])
+    entry = {"value": 1.0000000001, "stderr": 0.0, "n": 4, "unit": "share", "protocol": "harness"}
+    found = suite_mean({"a": entry, "b": entry}, ["a", "b"])
+    assert found
+    assert found["ci95"]["high"] == 1
+
+
+def test_clusters_whose_every_item_is_the_mean():
+    """Nothing shows how alike their items are: they count as one each."""
+    found = describe([0.5] * 6, [0, 0, 1, 1, 2, 2])
+    around = interval(found)
+    assert (found.value, found.stderr) == (0.5, 0.0)
+    assert 2 < found.effective_n < 200
+    assert around
+    assert 0 < around.low < 0.5 < around.high < 1
 
 
 def test_other_units_have_students_interval():

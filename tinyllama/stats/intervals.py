@@ -17,6 +17,7 @@ import numpy as np
 from tinyllama.stats.student import Z95, t95
 
 STEPS = 60  # of the bisection: more digits than a double has
+ROUNDING = 1e-9  # by which a share may be outside of 0 to 1: a mean of parts of it, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,9 @@ def describe(
     array = np.asarray(values, dtype=float)
     if not len(array) or not np.isfinite(array).all():
         raise ValueError(f"{len(array)} items, {int((~np.isfinite(array)).sum())} of them not finite")
-    if share and (array.min() < 0 or array.max() > 1):
+    if share and (array.min() < -ROUNDING or array.max() > 1 + ROUNDING):
         raise ValueError(f"a share outside of 0 to 1: {array.min():g} to {array.max():g}")
+    array = array.clip(0, 1) if share else array
     numbers = cluster_numbers(clusters, len(array))
     weights = np.full(len(array), 1 / len(array)) if sizes is None else np.asarray(sizes, float) / math.fsum(sizes)
     mean = math.fsum(weights * array)
@@ -125,6 +127,8 @@ def _effective(
         return most / variance, 0.0
     spread = float((weights**2 * (values - mean) ** 2).sum()) * len(values) / (len(values) - 1)
     variance = max(variance, spread)
+    if spread == 0:  # every item is the mean
+        return most / variance, 1.0
     return most / variance, min(1.0, (variance / spread - 1) * alone / (together - alone))
 
 

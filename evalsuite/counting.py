@@ -18,10 +18,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from evalsuite import scorable
 from evalsuite.generation_settings import GenerationSettings, room_for_prompt
+from evalsuite.generation_trial import as_transformers_takes
 from evalsuite.greedy import not_numbers
 from tinyllama.errors import UserError
 
-DECIMAL = ("temperature", "repetition_penalty")
 TOGETHER = 1024  # requests whose texts are tokenized by one call
 Pair = tuple[str, str]
 
@@ -153,8 +153,7 @@ class CountingHFLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         settings.pop("use_cache", None)  # which HFLM gives by itself
-        # transformers takes 1.5 and 2.0 for these, but neither 2 nor "1e-1", as YAML reads a number without a point.
-        settings |= {name: float(settings[name]) for name in DECIMAL if settings.get(name) is not None}
+        settings = as_transformers_takes(settings)
         settings["logits_processor"] = LogitsProcessorList([_Numbers()])
         return super()._model_generate(context, max_length, stop, **settings)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evalsuite import generation_trial
 from tinyllama.data.durable import read_json
 from tinyllama.errors import UserError, nearest
 
@@ -156,6 +157,20 @@ class GenerationSettings:
                 raise UserError(
                     f"generation setting {name} is unknown to --backend {backend}", fix=nearest(name, known)
                 )
+        if backend == "hf":
+            self._try()
+
+    def _try(self) -> None:
+        """UserError for what transformers refuses only while it generates."""
+        if "max_length" in self.others:  # which lm-eval would take in the place of max_gen_toks
+            raise UserError(
+                f"generation setting max_length={self.others['max_length']!r} counts the prompt",
+                fix="give max_gen_toks",
+            )
+        given = {name: value for name, value in self.others.items() if name not in WITHOUT_EFFECT}
+        if given:
+            drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+            generation_trial.refuse({**given, **drawn})
 
 
 def check_tasks(generation: Mapping[str, Any], backend: str, context: int | None) -> None:
@@ -248,6 +263,8 @@ def _temperature(value: Any) -> float:
         number = math.nan
     if not 0 <= number < math.inf or isinstance(value, bool):
         raise UserError(f"generation setting temperature={value!r}", fix="give 0 or more")
+    if 0 < number < TINY:  # logits divided by less are no numbers
+        raise UserError(f"generation setting temperature={value!r}", fix=f"give 0, or {TINY:g} or more")
     return number
 
 

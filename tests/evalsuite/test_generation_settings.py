@@ -78,6 +78,7 @@ def test_what_native_cannot_do_is_refused(given, name):
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": None}, "temperature=None"),
+        ({"temperature": 1e-40}, "temperature=1e-40; give 0, or 1e-09 or more"),
         ({"do_sample": "false"}, "do_sample='false'; give true or false"),
         ({"do_sample": True}, "do_sample=True without a temperature above 0"),
         ({"do_sample": True, "temperature": 0}, "do_sample=True without a temperature above 0"),
@@ -110,12 +111,19 @@ def test_what_no_backend_can_do_is_refused(backend, given, reason):
         ({**GREEDY, "num_return_sequences": 3}, "num_return_sequences=3"),
         ({**GREEDY, "repetition_penaltie": 1.1}, "repetition_penaltie is unknown to --backend hf; did you mean repet"),
         ({**GREEDY, "pad_token_id": 0}, "pad_token_id is unknown to --backend hf"),
+        ({**GREEDY, "max_length": 5}, "max_length=5 counts the prompt; give max_gen_toks"),
+        ({**GREEDY, "stop_strings": ["x"]}, r"stop_strings=\['x'\].*: transformers refuses them \(.*tokenizer"),
+        ({**GREEDY, "penalty_alpha": 0.6, "top_k": 4}, "transformers refuses them .*trust_remote_code"),
+        ({**GREEDY, "num_beams": 3, "early_stopping": "x"}, "early_stopping='x', .*: transformers refuses them"),
+        ({**GREEDY, "num_beams": 2, "length_penalty": "x"}, "length_penalty='x', .*: transformers refuses them"),
+        ({**GREEDY, "bad_words_ids": "x"}, "bad_words_ids='x', .*: transformers refuses them"),
     ],
 )
 def test_what_transformers_would_fail_on_is_refused(given, reason):
     with pytest.raises(UserError, match=reason):
         check_tasks({"t": given}, "hf", None)
     check_tasks({"t": {**DRAWN, "top_p": 0.9, "top_k": 7, "num_beams": 3, "repetition_penalty": 1.3}}, "hf", None)
+    check_tasks({"t": {**GREEDY, "suppress_tokens": [5, 31999], "repetition_penalty": 2}}, "hf", None)
 
 
 @pytest.mark.parametrize(

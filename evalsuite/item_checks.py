@@ -318,6 +318,10 @@ class ItemChecks:
         if isinstance(label, int):
             if not 0 <= label < len(choices):
                 raise _WrongError("doc_to_target", f"label {label}, and the choices are 0 to {len(choices) - 1}")
+            plain = [choice.strip().lower() for choice in choices]
+            if isinstance(label, bool) and str(label).lower() in plain and plain[label] != str(label).lower():
+                # True stands for 1, and False for 0.
+                raise _WrongError("doc_to_target", f"label {label} is choice {int(label)}, {short(choices[label])}")
             template = self.config.doc_to_target
             if isinstance(template, str) and template not in self.task.features and str(label) in choices:
                 raw = [doc[name] for name in _fields(template) if name in doc]

@@ -231,7 +231,7 @@ def _header(cells: list[str], number: int) -> list[str]:
 def _values(column: list[str]) -> list[Any]:
     """A CSV column's values; None where nothing stands."""
     given = [text for text in column if text]
-    for kind in (_whole, _decimal, {"True": True, "False": False, "true": True, "false": False}.get):
+    for kind in (_whole, _decimal, {"True": True, "False": False}.get):
         if given and all(kind(text) is not None for text in given):
             return [kind(text) if text else None for text in column]
     return [text or None for text in column]

@@ -133,6 +133,7 @@ def test_choices_that_are_none(tmp_path, choices, words, first):
         ("csv", b",\nx,0\n", "test.csv:1: field '' has no name"),
         ("csv", b'q,a\n"two\nlines",0\ny,\n', "test.csv:4: doc_to_target ('a'): the label is empty or missing"),
         ("csv", b"q,a\nx,0\ny,2\n", "test.csv:3: doc_to_target ('a'): label 2"),
+        ("csv", b"q,a\nx,true\n", "test.csv:2: doc_to_target ('a'): label 'true' is none of the choices"),
         ("csv", b"q,a\nx,00\n", "test.csv:2: doc_to_target ('a'): label '00' is none of the choices"),
         ("parquet", parquet(GOOD)[:-9], "test.parquet is no whole Parquet file"),
         ("parquet", b"PAR1", "test.parquet is no whole Parquet file"),
@@ -232,6 +233,21 @@ def test_what_equals_its_answer_is_right(tmp_path, answers):
     for doc, answer in zip(task.task_docs, answers, strict=True):
         written = answer[-1] if isinstance(answer, list) else str(answer)
         assert task.process_results(doc, [written]) == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_a_label_that_is_true_is_no_other_choice_than_true(tmp_path, form):
+    """True is the number 1, and the second choice: "False", where "True" is the first."""
+    content = b"q,a\nx,True\n" if form == "csv" else jsonl({"q": "x", "a": True})
+    for number, choices in enumerate((["true", "false"], ["False", "True"], ["no", "yes"])):
+        (folder := tmp_path / str(number)).mkdir()
+        if number == 0:
+            assert "label True is choice 1, 'false'" in told(folder, content, form, doc_to_choice=choices)
+        else:
+            assert load(folder, content, form, doc_to_choice=choices)
+    (tmp_path / "text").mkdir()
+    task = load(tmp_path / "text", b"q,a\nx,true\n", "csv", doc_to_choice=["true", "false"])
+    assert task.doc_to_target(task.task_docs[0]) == "true"
 
 
 def test_a_label_of_the_second_of_two_equal_choices(tmp_path):

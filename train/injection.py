@@ -1,8 +1,8 @@
 """Faults on demand, for the tests and `benchmarks/faults.py`: `--inject nan@7,spike@5,frozen@3,oom@0,hold=forward@6`.
 
 The number is that of the batch (of the step, for a hold). A rank that is held waits in the phase, from its beginning, until
-RUN/go-on is there, and says so by RUN/held-RANK. stop sends the ranks a SIGTERM. Without the option nothing here
-does anything.
+RUN/go-on is there or a signal has asked it to stop, and says so by RUN/held-RANK. stop sends the ranks a SIGTERM. Without
+the option nothing here does anything.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Injection:
         """What the rate that the optimizer gets is multiplied with: 1."""
         return 1.0 if self.frozen_from is None or batch < self.frozen_from else 0.0
 
-    def attach(self, beat: Heartbeat) -> None:
-        """Ranks are held where the phase begins."""
+    def attach(self, beat: Heartbeat, told: list[int]) -> None:
+        """Ranks are held where the phase begins. told: the signals that have come."""
 
         def wait() -> None:
             (beat.run / f"held-{beat.rank}").touch()
             deadline = time.monotonic() + HOLD_S
-            while not (beat.run / "go-on").exists() and time.monotonic() < deadline:
+            while not told and not (beat.run / "go-on").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
 
         beat.pauses.update(dict.fromkeys(self.holds, wait))

@@ -194,7 +194,7 @@ def run(arguments: argparse.Namespace, beat: Heartbeat) -> int:
     beat.start(named[0])
     dist.barrier(group=control)
     watchdog = Watchdog(output, rank, ranks, recipe.health.first_step_timeout_s, beat.token)
-    injection.attach(beat)
+    injection.attach(beat, STOP.received)
     free = memory.free_bytes(device, control)
 
     # What a checkpoint says of the run besides its weights; the first part changes from step to step.

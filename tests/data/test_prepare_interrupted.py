@@ -10,11 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
-import zstandard
 from conftest import ROOT, content, members, preparing, tinyllama, until
 from holding import Hold
 
@@ -127,19 +125,14 @@ def test_only_unfinished_files_are_read_again(inputs, tokenizer, tmp_path):
 
 def test_a_killed_worker_is_an_error_and_the_rest_is_kept(inputs, tokenizer_model, unbroken, tmp_path):
     """Fault 13: child processes whose fate nobody looked at."""
-    # Large enough that the workers are alive when one is killed.
-    for number in range(12):
-        shutil.copyfile(inputs / "0.jsonl.zst", tmp_path / f"{number}.jsonl.zst")
-        lines = zstandard.decompress((inputs / "0.jsonl.zst").read_bytes(), max_output_size=1 << 26) * 40
-        (tmp_path / f"{number}.jsonl.zst").write_bytes(zstandard.compress(lines))
-    command = [sys.executable, "-m", "tinyllama", "data", "prepare", *sorted(tmp_path.glob("*.zst"))]
-    command += ["--output", tmp_path / "store", "--tokenizer", tokenizer_model, "--workers", "2"]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    hold = Hold(tmp_path, "worker|open|.jsonl.zst")  # workers wait as they open their first input
+    command = [sys.executable, "-m", "tinyllama", *preparing(inputs, tmp_path / "store", tokenizer_model)]
+    environment = {**os.environ, **hold.environment}
+    process = subprocess.Popen(
+        [*map(str, command), "--workers", "2"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     try:
-        progress = tmp_path / "store.partial" / "progress"
-        deadline = time.monotonic() + 60
-        while not list(progress.glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        hold.wait(process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
         os.kill(int(workers[0]), signal.SIGKILL)

@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT, content, preparing, settings, tinyllama
+from conftest import ROOT, content, preparing, settings, tinyllama, until
 
 from tinyllama.data.prepare import prepare
 from tinyllama.data.store import verify
@@ -89,7 +88,8 @@ def test_the_documented_training_job_saves_when_warned_and_continues(slurm, stor
     script = next(block for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "requeue" in block)
     script = script.replace("#SBATCH --gpus-per-node=8\n", "#SBATCH --partition=batch\n")
     more = " ".join(settings("training.tokens=61440", "checkpoint.every_steps=1000"))
-    command = f"tinyllama train --recipe demo --data {stores} --output {tmp_path / 'run'} --num-accelerators 2 {more} &"
+    command = f"tinyllama train --recipe demo --data {stores} --output {tmp_path / 'run'} --num-accelerators 2 {more} "
+    command += "--inject hold=forward@5 &"  # until the signal has reached the ranks
     script, count = re.subn(r"tinyllama train .* &", command.replace("\\", r"\\"), script)
     assert count == 1
     (tmp_path / "train.slurm").write_text(script)
@@ -104,10 +104,9 @@ def test_the_documented_training_job_saves_when_warned_and_continues(slurm, stor
         check=True,
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300  # DeepSpeed compiles, if this is the first run of an environment
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
-        assert time.monotonic() < deadline, (tmp_path / "out.txt").read_text()
-        time.sleep(0.1)
+    held = [tmp_path / "run" / f"held-{rank}" for rank in (0, 1)]
+    # DeepSpeed compiles, if this is the first run of an environment.
+    assert until(lambda: all(map(Path.exists, held)), 300), (tmp_path / "out.txt").read_text()
     subprocess.run(["scancel", "--signal=TERM", "--batch", done.stdout.strip()], env=environment, check=True)
     slurm_cluster.wait_for_jobs(slurm, timeout_s=240)
     output = (tmp_path / "out.txt").read_text()

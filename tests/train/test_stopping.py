@@ -70,7 +70,8 @@ def test_a_signal_while_a_run_starts_ends_it_with_75(where, number, stores, tmp_
     run = tmp_path / "run"
     process, hold = held(run, stores, where)
     process.send_signal(number)
-    hold.go_on()
+    if where.startswith("command"):  # the others end where they are held, once it has reached them
+        hold.go_on()
     output = expect_stopped(process, run)
     assert output.count("stopped by a signal") == 1
     if (where, number) in MOMENTS:
@@ -132,6 +133,6 @@ def test_beats_of_another_run_are_not_looked_at(tmp_path):
     assert heartbeat.read(tmp_path, 1, "ours") == {}
     assert heartbeat.exit_codes(tmp_path, "ours") == heartbeat.exit_codes(tmp_path, "theirs") == [2]
     assert heartbeat.code_of_a_peer(tmp_path, 1, 2, "ours") == 2
-    for content in (b"", b"[]", b"{}", b"\xff\xfe", b'{"phase": "ended", "code": 2, "run": "ours"}'):
+    for content in (b"", b"[" * 100_000, b"[]", b"{}", b"\xff\xfe", b'{"phase": "ended", "code": 2, "run": "ours"}'):
         heartbeat.heartbeat_file(tmp_path, 0).write_bytes(content)
         assert heartbeat.read(tmp_path, 0, "ours") == heartbeat.read(tmp_path, 0) == {}

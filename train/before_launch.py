@@ -6,6 +6,7 @@ Nothing is written. ConfigError, DataError and CheckpointError say what, the val
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import stat
@@ -17,14 +18,17 @@ from tinyllama import checkpoint
 from tinyllama.data.durable import refuse_foreign
 from tinyllama.data.loader import HeldOut, Mixture
 from tinyllama.data.store import file_sha256
-from tinyllama.errors import CheckpointError, ConfigError
+from tinyllama.errors import CheckpointError, ConfigError, MissingExtraError
+from tinyllama.model import fp8
 from train import evaluation, start
 from train import plan as planning
 from train.recipe import Recipe
 from train.schedule import refuse_jump
 from train.state import refuse_other_run
 
-WRITTEN = ("metrics.jsonl", "config.json", "spikes.jsonl")  # what a run writes again in its folder
+WRITTEN = ("metrics.jsonl", "config.json", "spikes.jsonl")  # what a run writes again in its folder,
+ON_THE_WAY = ("metrics.partial", "config.partial", "spikes.partial")  # first under these names,
+OF_RANKS = ("heartbeats", "stacks")  # and of each rank, in these folders
 
 
 def find_tokenizer(given: str | Path | None, data: str | Path, mixture: Mixture) -> Path | None:
@@ -55,12 +59,29 @@ def check_data(recipe: Recipe, data: Path, tokenizer: Path | None) -> Mixture:
     return mixture
 
 
+def check_precision(recipe: Recipe, deepspeed: dict[str, Any], here: bool) -> None:
+    """UserError if float8 products are asked for and cannot be had. here: of this machine, which a dry run is not about."""
+    if recipe.training.precision != "fp8":
+        return
+    if not deepspeed.get("bf16", {}).get("enabled", False):
+        raise ConfigError("training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file")
+    model = recipe.model
+    rows = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    sizes = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
+    sizes["(num_attention_heads + 2 num_key_value_heads) x head size"] = rows
+    if reason := fp8.refusal("", (0, 0), {f"model.{name}": size for name, size in sizes.items()}):
+        raise ConfigError(f"training.precision='fp8' {reason}", fix=fp8.FIX)
+    if here and importlib.util.find_spec("torchao") is None:
+        raise MissingExtraError("torchao", "fp8")
+
+
 def check_output(run: Path) -> None:
     """ConfigError if a run could not write its folder, its checkpoints or its metrics."""
-    for folder in (run, run / "checkpoints", run / "heartbeats"):
+    of_ranks = [run / name for name in OF_RANKS]
+    for folder in (run, run / "checkpoints", *of_ranks):
         _check_folder(folder)
-    for name in WRITTEN:
-        path = run / name
+    files = [run / name for name in (*WRITTEN, *ON_THE_WAY)]
+    for path in (*files, *(path for folder in of_ranks for path in sorted(folder.glob("rank-*")))):
         if os.path.lexists(path) and not (path.is_file() and os.access(path, os.W_OK)):
             raise ConfigError(
                 f"{path} cannot be written", fix="remove it, grant write permission, or give another --output"
@@ -135,5 +156,10 @@ def check_resume(
     """
     where, old = found
     refuse_other_run(old, recipe, mixture_sha256, where)
+    if old["step"] > recipe.num_steps:
+        raise CheckpointError(
+            f"{where} has been trained for {old['step']:,} steps, this recipe says {recipe.num_steps:,}",
+            fix=f"give training.tokens={old['step'] * recipe.training.batch_tokens} or more, or another --output",
+        )
     start.refuse_other_start(old.get("init_from"), str(init_from) if init_from else None, where)
     return refuse_jump(old, recipe, where, allow_jump)

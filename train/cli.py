@@ -89,6 +89,7 @@ def train_command(
     from tinyllama.errors import ConfigError
     from train import accelerators, before_launch, profiling
     from train import launch as launching
+    from train import nodes as machines
     from train import plan as planning
     from train.metrics import take_monitors
     from train.nodes import Nodes
@@ -107,6 +108,13 @@ def train_command(
     for option, value in (("--num-accelerators", num_accelerators), ("--nodes", nodes)):
         if value is not None and not 1 <= value <= 1_000_000:
             raise ConfigError(f"{option} {value}", fix="give a number from 1 to 1,000,000")
+    try:
+        further = shlex.split(launcher)
+    except ValueError as error:
+        raise ConfigError(f"--launcher {launcher!r}: {error}", fix="close what is quoted") from None
+    hosts = machines.read_hostfile(hostfile) if hostfile else {}
+    if hosts and (nodes > 1 or node_rank is not None or master is not None):
+        raise ConfigError("--nodes and --hostfile both name the machines", fix="give one of them")
     config = Path(deepspeed)
     if not os.path.exists(config) and os.path.exists(CONFIGS / f"{config.name}.json"):
         config = CONFIGS / f"{config.name}.json"
@@ -114,13 +122,17 @@ def train_command(
     raw = planning.read_deepspeed(config)
     take_monitors(raw, output)
     before_launch.check_output(output)
+    before_launch.check_precision(wanted, raw, here=not dry_run)
     if dry_run:
         import json
 
         from train.dry_run import describe, show
 
-        each = num_accelerators or 1
-        found = describe(wanted, raw, data, each * nodes, device, mfu, gigabytes_per_s, each, tokenizer)
+        each = num_accelerators or max(hosts.values(), default=1)
+        in_all = sum(min(each, slots) for slots in hosts.values()) if hosts else each * nodes
+        if node_rank is not None or master is not None:
+            machines.given(nodes, node_rank, master, each)
+        found = describe(wanted, raw, data, in_all, device, mfu, gigabytes_per_s, each, tokenizer)
         rate_changes = check_start(wanted, output, resume, found.pop("mixture_sha256"), init_from, allow_rate_jump)
         if not any_tokenizer:
             check_tokenizer(output, resume, tokenizer or data / "tokenizer.model")
@@ -128,7 +140,7 @@ def train_command(
         print(json.dumps(found)) if as_json else show(found)
         return
     several = find_nodes(nodes, node_rank, master, num_accelerators)
-    if several and hostfile:
+    if several and hostfile:  # under srun
         raise ConfigError("--nodes and --hostfile both name the machines", fix="give one of them")
     if hostfile is None:
         num_accelerators = several.accelerators if several else num_accelerators
@@ -168,13 +180,13 @@ def train_command(
     script += ["--tokenizer", str(tokenizer)] if tokenizer else []
     script += [argument for entry in setting for argument in ("--set", entry)]
     if several:
-        command = [*launching.node_command(several), *shlex.split(launcher)]
+        command = [*launching.node_command(several), *further]
     elif num_accelerators and not hostfile and not launcher:
         command = launching.node_command(Nodes(1, 0, "127.0.0.1", launching.free_port(), num_accelerators))
     else:
         arguments = ["--hostfile", str(hostfile)] if hostfile else []
         arguments += ["--num_accelerators", str(num_accelerators)] if num_accelerators else []
-        command = launching.runner_command([*shlex.split(launcher), *arguments])
+        command = launching.runner_command([*further, *arguments])
     for name in ("stdout", "stderr"):
         setattr(sys, name, Lasting(getattr(sys, name)))
     sys.exit(launching.launch(command, script, output, lock))
@@ -214,7 +226,7 @@ def find_nodes(nodes: int, node_rank: int | None, master: str | None, num_accele
     from train import accelerators
     from train import nodes as machines
 
-    if nodes == 1 and node_rank is None and master is None and int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+    if nodes == 1 and node_rank is None and master is None and machines.slurm_nodes(os.environ) == 1:
         return None
     each = num_accelerators if num_accelerators is not None else max(1, accelerators.count_gpus())
     if nodes == 1 and node_rank is None and master is None:

@@ -58,6 +58,9 @@ def test_an_output_that_no_run_can_have(refused, tmp_path, finished_run):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "checkpoints").touch()
     (tmp_path / "odd2" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "odd3" / "heartbeats" / "rank-00001.json").mkdir(parents=True)
+    (tmp_path / "odd4").mkdir()
+    (tmp_path / "odd4" / "metrics.partial").symlink_to("gone")
     for output, words in (
         ("file", "file is not a folder"),
         ("file/below", "file is not a folder"),
@@ -65,6 +68,8 @@ def test_an_output_that_no_run_can_have(refused, tmp_path, finished_run):
         ("nowhere", "is a link to nothing"),
         ("odd", "checkpoints is not a folder"),
         ("odd2", "metrics.jsonl cannot be written"),
+        ("odd3", "rank-00001.json cannot be written"),
+        ("odd4", "metrics.partial cannot be written"),
         ("n" * 300, "File name too long"),
     ):
         assert words in refused("--output", tmp_path / output)
@@ -306,3 +311,59 @@ def test_a_damaged_line_of_the_metrics_is_said_and_costs_no_other(tmp_path, caps
         MetricsFile(path, 3).close()
         assert path.read_bytes().splitlines() == [lines[0], lines[3]]
         assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--launcher", '"--master_port 1'], "No closing quotation; close what is quoted"),
+        (["--hostfile", "none"], "--hostfile none cannot be read"),
+        (["--nodes", "2", "--node-rank", "2", "--master", "h:1"], "number the machines from 0"),
+        (["--nodes", "2", "--node-rank", "1", "--master", "h"], "--master h; give an address"),
+        (["--set", "training.precision=fp8", "--set", "model.intermediate_size=360"], "intermediate_size is 360"),
+        (
+            ["--set", 'data.sources=[{"name": "a", "weight": 1, "store": "prose"}, {"name": "prose", "weight": 1}]'],
+            "sources 'a' and 'prose' are the same store twice",
+        ),
+    ],
+)
+def test_what_cannot_be_started_is_refused_in_dry_runs_too(refused, arguments, words):
+    assert words in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "names no host"), ("a\n", "'a'"), ("a slots=0", "slots=0"), ("a slots=2\na slots=2", "each host once")],
+)
+def test_a_hostfile_that_deepspeed_would_refuse_is_one_line(refused, tmp_path, text, words):
+    (tmp_path / "hosts").write_text(f"# ours\n\n{text}\n")
+    assert words in refused("--hostfile", tmp_path / "hosts")
+
+
+def test_a_dry_run_counts_the_ranks_of_a_hostfile(stores, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=2\n")
+    arguments = ["train", "--recipe", "demo", "--data", stores, "--hostfile", tmp_path / "hosts", "--dry-run", "--json"]
+    assert json.loads(tinyllama(*arguments, *settings("training.tokens=6912")).stdout)["batch"]["ranks"] == 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"SLURM_STEP_NUM_NODES": "x"}, "SLURM_STEP_NUM_NODES='x' is not what Slurm writes"),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0"}, "srun started None tasks"),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_NODEID=''"),
+        (
+            {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"},
+            "scontrol show hostnames",
+        ),
+    ],
+)
+def test_an_environment_that_is_not_slurms_is_one_line(refused, monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert words in refused("--num-accelerators", "1", dry=False)
+
+
+def test_a_run_that_has_gone_further_than_the_recipe_is_not_called_done(refused, finished_run):
+    error = refused("--output", finished_run, "--set", "training.tokens=3072")
+    assert "has been trained for 9 steps, this recipe says 4; give training.tokens=6912 or more" in error

@@ -43,6 +43,14 @@ class Mixture:
                         f"stores {sources[0].name} and {source.name} differ in {field}",
                         fix="prepare them with the same tokenizer and settings",
                     )
+        first_of: dict[str, str] = {}  # the manifest's sha256 -> the first source that has it
+        for source, store in zip(sources, self.stores, strict=True):
+            other = first_of.setdefault(store.manifest.sha256, source.name)
+            if other != source.name:  # its epochs would be counted by halves
+                raise DataError(
+                    f"sources {other!r} and {source.name!r} are the same store twice",
+                    fix="give it once, with the sum of their weights",
+                )
         self.tokenizer_sha256, self.vocab_size = first.tokenizer_sha256, first.vocab_size
         self.separator_id = first.separator_id
         names = [s.name for s in sources]

@@ -14,12 +14,12 @@ import os
 from typing import TYPE_CHECKING
 
 from tinyllama.errors import ConfigError, MissingExtraError
-from tinyllama.model.kernels import Choice
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from tinyllama.model.kernels import Choice
     from tinyllama.model.llama import Llama
 
 CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
@@ -48,6 +48,8 @@ def set_precision(precision: str, bf16: bool, model: Llama, device: torch.device
                 "training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file"
             )
         return convert(model, device, micro_batch_tokens)
+    from tinyllama.model.kernels import Choice
+
     return Choice(
         "matrix products", "bf16" if bf16 else "fp32", "as the recipe says" if bf16 else "bf16.enabled is false"
     )
@@ -62,6 +64,8 @@ def convert(model: Llama, device: torch.device, micro_batch_tokens: int) -> Choi
     if importlib.util.find_spec("torchao") is None:
         raise MissingExtraError("torchao", "fp8")
     import torch
+
+    from tinyllama.model.kernels import Choice
 
     cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)

@@ -36,7 +36,7 @@ def _lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
                 try:
                     entry = json.loads(line)
                     found.append({key: entry[key] for key in keys} | entry)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}:{number} is no completion ({error!r})", fix="evaluate again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", fix="give an evaluation's folder") from None

@@ -41,7 +41,7 @@ def load(path: Path, bundle: Path | None) -> Report:
     """Read a report; UserError if it is none, or was made of other files than the bundle's."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--contamination {path} cannot be read ({reason})", fix=FIX) from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

@@ -149,7 +149,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise ValueError("not an object")
                     yield row
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number} is corrupt ({error})", fix=AGAIN) from None
 
 

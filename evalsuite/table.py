@@ -27,7 +27,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
     """A `results.json`; UserError if it is missing or of another format."""
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason})", fix="give the results.json of tinyllama eval") from None
     if not isinstance(found, dict) or not str(found.get("format", "")).startswith("tinyllama-results"):

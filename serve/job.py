@@ -101,7 +101,7 @@ class _Run:
             alike = all(found[key] == self.fresh[key] for key in ("format", "versions", "device"))
             names = (*ENGINE, "model_sha256")
             alike &= all(found["settings"].get(name) == self.fresh["settings"][name] for name in names)
-        except (OSError, *INCOMPLETE):
+        except (OSError, RecursionError, *INCOMPLETE):
             return None
         if not alike:
             return None

@@ -234,6 +234,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     with _explained(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no regular file", fix=ANOTHER)
         return path.read_bytes()
 
 

@@ -129,7 +129,7 @@ def read(path: Path, metric_key: str) -> list[Item]:
                 try:
                     entry = json.loads(line)
                     yield {k: entry[k] for k in ("task", "filter", "doc_hash", "prompt_hash", "doc_id")} | entry
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"{path}:{number} is no sample of an evaluation ({error})", fix="evaluate again"
                     ) from None

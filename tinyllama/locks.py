@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllama.data.durable import cannot_write
+from tinyllama.data.durable import cannot_write, refuse_root
 from tinyllama.errors import UserError
 from tinyllama.processes import Owner
 
@@ -49,6 +49,7 @@ def inside(folder: Path) -> Path:
 
 def beside(target: Path) -> Path:
     """The lock of a file or directory that appears by one rename."""
+    refuse_root(target)
     absolute = Path(os.path.abspath(target))
     return absolute.with_name(f".{absolute.name}{NAME}")
 
@@ -57,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
     """Who holds a lock, or held it last; empty if nobody does."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

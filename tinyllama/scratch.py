@@ -43,7 +43,7 @@ def clear(prefix: str, where: Path) -> None:
     with contextlib.suppress(OSError):
         for path in list(where.iterdir()):
             if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError, RecursionError):
                     owner = Owner.of(json.loads((path / OWNER).read_text()))
                     if owner and _is_dead(owner, path) and path.stat().st_uid == os.getuid():
                         shutil.rmtree(path, ignore_errors=True)

@@ -43,7 +43,7 @@ def read(run: Path, rank: int, token: str | None = None) -> dict[str, Any]:
     """The last heartbeat of a rank; empty if there is none, or not one of the run that `token` names."""
     try:
         found = json.loads(heartbeat_file(run, rank).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     whole = isinstance(found, dict) and {"rank", "phase", "step", "time"} <= found.keys() and Owner.of(found)
     return found if whole and token in (None, found.get("run")) else {}

@@ -97,7 +97,7 @@ def write(path: Path, **changes: object) -> dict:
     return record
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b'{"pid": "x"}', b"\xff"])
+@pytest.mark.parametrize("record", [b"", b"[]", b'{"pid": "x"}', b"\xff", b"[" * 100_000])
 def test_a_file_that_says_nothing_is_nobodys(tmp_path, record):
     locks.inside(tmp_path).write_bytes(record)
     locks.take(locks.inside(tmp_path), tmp_path, "ours").close()

@@ -141,6 +141,7 @@ DAMAGE = {
     "no state": lambda folder: (folder / "state.json").unlink(),
     "no shard": lambda folder: (folder / "shard-00001.safetensors").unlink(),
     "no generators": lambda folder: (folder / "rng-00000.json").unlink(),
+    "pipe for a manifest": lambda folder: ((folder / "manifest.json").unlink(), os.mkfifo(folder / "manifest.json")),
     "empty state": lambda folder: (folder / "state.json").write_bytes(b""),
     "empty manifest": lambda folder: (folder / "manifest.json").write_bytes(b""),
     "empty shard": lambda folder: (folder / "shard-00000.safetensors").write_bytes(b""),

@@ -129,6 +129,6 @@ def _kinds(name: str) -> set[str]:
         return {kind for file, kind in names.items() if (path / file).exists()} or {"bench", "scores"}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {"bench"} if path.name == "bench.json" else {"bench", "scores"}
     return {"bench"} if isinstance(content, dict) and "-bench-" in str(content.get("format")) else {"scores"}

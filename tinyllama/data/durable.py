@@ -82,10 +82,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content, or None if the file is missing or was cut off by a crash."""
+    """The content, or None if the file is missing, or no JSON any more: cut off by a crash, or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
 
 
@@ -93,6 +93,12 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """DataError if there is a file of this name and it is not to be replaced: asked before work that takes long."""
     if not overwrite and os.path.lexists(path) and not path.is_dir():
         raise DataError(f"{path} exists", fix="give another --output, or --overwrite to replace it")
+
+
+def refuse_root(path: Path) -> None:
+    """DataError for `/`, which has no name, and nothing beside it."""
+    if not Path(os.path.abspath(path)).name:
+        raise DataError(f"{path} is no name of a file or folder", fix="give another --output")
 
 
 def refuse_foreign(path: Path, is_ours: Callable[[str], bool], what: str) -> None:

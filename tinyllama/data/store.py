@@ -119,7 +119,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise DataError(f"{directory} is not a token store", fix="make one: tinyllama data prepare") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})", fix="grant read permission") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})", fix=AGAIN) from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT or raw.pop("version", None) != VERSION:
         raise DataError(f"{path} is not of format {FORMAT} version {VERSION}", fix=AGAIN)
@@ -153,7 +153,7 @@ def read_list(directory: str | os.PathLike[str], name: str) -> Iterator[dict[str
                 yield json.loads(line)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})", fix=AGAIN) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is corrupt ({error})", fix=AGAIN) from None
 
 

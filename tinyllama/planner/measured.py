@@ -25,7 +25,7 @@ def run_mfu(run: Path) -> float:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the line that a kill cut short
         # Validation has lines of its own, and a device without a known peak has no MFU.
         if isinstance(entry, dict) and is_positive(entry.get("mfu")):

@@ -61,7 +61,7 @@ def read_object(path: Path, option: str) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror}", fix="correct the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{option} {path} is not JSON ({error})", fix="correct the file or make it again") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{option} {path} is not a JSON object", fix="correct the file or make it again")

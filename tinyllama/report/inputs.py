@@ -127,7 +127,7 @@ def kind_of(path: Path) -> str | None:
     """What a JSON file says that it is."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     form = str(content.get("format", "")) if isinstance(content, dict) else ""
     return next((kind for start, kind in FORMATS.items() if form.startswith(start)), None)
@@ -178,6 +178,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -112,6 +114,28 @@ def test_exclusion_in_parquet(tmp_path):
     texts, reader = read(tmp_path / "a.parquet", exclude=read_preset("slimpajama").exclude)
     assert texts == ["web", "book"]
     assert sum(reader.excluded.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (datetime.date(2020, 1, 2), "2020-01-02"),
+        (datetime.datetime(2020, 1, 2, 3), "2020-01-02 03:00:00"),
+        (decimal.Decimal("1.50"), "1.50"),
+        (None, "null"),
+        (True, "true"),
+        ([datetime.date(2020, 1, 2)], '["2020-01-02"]'),
+    ],
+)
+def test_documents_are_excluded_by_any_column_of_parquet(tmp_path, value, named):
+    pq.write_table(
+        pa.table(
+            {"text": ["a", "b"], "field": [value, None if value else True]},
+        ),
+        tmp_path / "a.parquet",
+    )
+    texts, reader = read(tmp_path / "a.parquet", exclude=(("field", (named,)),))
+    assert (texts, dict(reader.excluded)) == (["b"], {f"field={named}": 1})
 
 
 def test_every_preset_is_complete():

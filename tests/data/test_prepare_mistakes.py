@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import pytest
 import zstandard
 from conftest import WITHOUT_PRIVILEGES, preparing, skip_unless_privileges_can_be_dropped, tinyllama
 
+from tinyllama import locks
+from tinyllama.data.documents import Rules
 from tinyllama.data.prepare import prepare
-from tinyllama.data.work import lock
+from tinyllama.data.store import verify
+from tinyllama.data.work import Work, lock
 from tinyllama.errors import DataError
 from tinyllama.locks import InUseError
 
@@ -106,3 +111,66 @@ def test_a_folder_that_is_no_store_is_left_alone(inputs, tokenizer, tmp_path):
     with pytest.raises(DataError, match="not a token store"):
         prepare([inputs], tmp_path / "store", tokenizer, workers=0, overwrite=True)
     assert (tmp_path / "store" / "precious").read_text() == "data"
+
+
+@pytest.mark.parametrize("most", [0, -1, 10**30])
+def test_the_size_of_a_document_has_a_range(tmp_path, tokenizer, most):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(DataError, match=r"max document bytes .*give a number from 1 to"):
+        prepare([tmp_path / "a.txt"], tmp_path / "s", tokenizer, rules=Rules(max_document_bytes=most), workers=0)
+
+
+@pytest.mark.parametrize("manifest", [b'{"format": "tinyllama-checkpoint-1", "files": {}}', b"{}", b"\xff"])
+def test_overwriting_replaces_stores_and_nothing_else(tmp_path, tokenizer, manifest):
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "manifest.json").write_bytes(manifest)
+    call = functools.partial(prepare, [tmp_path / "a.txt"], tmp_path / "s", tokenizer, overwrite=True, workers=0)
+    with pytest.raises(DataError, match="is not that of a token store"):
+        call(validation_fraction=0)
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == manifest
+    (tmp_path / "s" / "shards.jsonl").touch()  # a store that a disk has damaged
+    assert call(validation_fraction=0).documents("train") == 1
+
+
+def test_the_root_is_no_output(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(DataError, match="/ is no name of a file or folder"):
+        prepare([tmp_path / "a.txt"], "/", tokenizer, workers=0)
+    with pytest.raises(DataError, match="/ is no name of a file or folder"):
+        locks.beside(Path("/"))
+
+
+@pytest.mark.parametrize("name", ["parts/*/*.json", "layout.json", "shards/*.json", "jobs.json"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "5", '"x"', "null", "[" * 100_000, "\xff"])
+def test_damaged_notes_of_an_unfinished_store_are_written_anew(tmp_path, tokenizer, monkeypatch, name, content):
+    if name == "jobs.json" and content == '"x"':
+        content = '{"a": 1}'
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    call = functools.partial(prepare, [tmp_path / "a.txt"], tmp_path / "s", tokenizer, workers=0, validation_fraction=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    paths = [*(tmp_path / "s.partial").glob(name)] or [tmp_path / "s.partial" / name]
+    paths[0].write_bytes(content.encode("latin-1"))
+    assert call().documents("train") == 1
+    verify(tmp_path / "s")
+
+
+@pytest.mark.parametrize("kind", ["documents", "tokens"])
+@pytest.mark.parametrize("place", ["parts/*", "store"])
+def test_damaged_files_of_an_unfinished_store_are_made_anew(tmp_path, tokenizer, monkeypatch, kind, place):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"some words {number}")
+    inputs = sorted(tmp_path.glob("*.txt"))
+    call = functools.partial(prepare, inputs, tmp_path / "s", tokenizer, workers=0, validation_fraction=0)
+    with monkeypatch.context() as patch:
+        stage = "publish" if place == "store" else "lay_out"
+        patch.setattr(Work, stage, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    first, *_ = sorted((tmp_path / "s.partial").glob(f"{place}/*.{kind}"), key=lambda path: -path.stat().st_size)
+    os.truncate(first, 0)
+    assert call().documents("train") == 3
+    verify(tmp_path / "s")

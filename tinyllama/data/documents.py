@@ -138,7 +138,7 @@ class Reader:
             found = _field(record, field)
             if found is _ABSENT:
                 raise _Bad(f"has no field {field}, by which documents are excluded")
-            value = found if isinstance(found, str) else json.dumps(found)
+            value = _written(found)
             if value in values:
                 self.excluded[f"{field}={value}"] += 1
                 return None
@@ -345,6 +345,13 @@ def _field(record: dict[str, Any], name: str) -> Any:
             return _ABSENT
         found = found[key]
     return found
+
+
+def _written(value: Any) -> str:
+    """A field's value as `--exclude` names it: JSON, without quotes; dates and decimals of parquet as Python writes them."""
+    if isinstance(value, dict | list | int | float | None):
+        return json.dumps(value, default=str)
+    return str(value)
 
 
 def _kind(value: Any) -> str:

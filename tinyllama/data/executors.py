@@ -182,8 +182,9 @@ MAX_ARRAY = 1001  # Slurm's own limit, unless a cluster has another
 def refuse_running_jobs(folder: Path) -> None:
     """DataError while Slurm jobs of an earlier call may still write this store."""
     jobs = read_json(folder / "jobs.json")
-    if not jobs:
+    if not isinstance(jobs, list) or not jobs:
         return
+    jobs = [str(job) for job in jobs]
     remedy = f"wait for them, or end them: scancel {' '.join(jobs)}"
     try:
         found = _slurm("squeue", "--noheader", "--format=%A", f"--jobs={','.join(jobs)}")

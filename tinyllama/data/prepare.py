@@ -13,14 +13,16 @@ from pathlib import Path
 
 from tinyllama.data.defaults import SEED, SHARD_TOKENS, VALIDATION_FRACTION
 from tinyllama.data.documents import Rules
-from tinyllama.data.durable import cannot_write, read_json
+from tinyllama.data.durable import cannot_write, has_format, read_json, refuse_foreign, refuse_root
 from tinyllama.data.executors import ClusterOptions, Totals, refuse_running_jobs, run_local, run_ray, submit_slurm
 from tinyllama.data.inputs import SUFFIXES, LeftOut, empty_line, find_inputs, left_out_line
-from tinyllama.data.store import SPLITS, Manifest, TokenStore, file_sha256, read_manifest
+from tinyllama.data.store import FORMAT, LISTS, SPLITS, Manifest, TokenStore, file_sha256, read_manifest
 from tinyllama.data.work import Plan, Settings, Work, lock
 from tinyllama.errors import DataError
 from tinyllama.tokenizer.export import why_not
 from tinyllama.tokenizer.sentencepiece_model import Tokenizer
+
+MOST_DOCUMENT_BYTES = 1 << 40
 
 
 def prepare(
@@ -50,12 +52,18 @@ def prepare(
     is something else and not to be overwritten.
     """
     target = Path(output).resolve()
+    refuse_root(target)
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction {validation_fraction}", fix="give a number from 0 to below 1")
     if not 0 <= seed < 2**64:
         raise DataError(f"seed {seed}", fix="give a number from 0 to below 2^64")
     if shard_tokens < 1 or (workers is not None and workers < 0):
         raise DataError(f"shard tokens {shard_tokens}, workers {workers}", fix="give numbers above zero")
+    if not 1 <= (rules or Rules()).max_document_bytes <= MOST_DOCUMENT_BYTES:
+        raise DataError(
+            f"max document bytes {(rules or Rules()).max_document_bytes}",
+            fix=f"give a number from 1 to {MOST_DOCUMENT_BYTES:,}",
+        )
     if executor not in ("local", "slurm", "ray"):
         raise DataError(f"executor {executor!r}", fix="give local, slurm or ray")
     settings = Settings(
@@ -135,10 +143,13 @@ def _finished(target: Path, plan: Plan, overwrite: bool) -> Manifest | None:
         if target.is_dir() and not any(target.iterdir()):
             return None
         raise DataError(f"{target} exists and is not a token store", fix="give another --output")
-    if overwrite:
+    if overwrite:  # a store that is damaged, but not a checkpoint, which has a manifest.json too
+        if not any((target / name).exists() for name in LISTS):
+            refuse_foreign(target / "manifest.json", lambda text: has_format(text, FORMAT), "that of a token store")
         return None
     manifest = read_manifest(target)
-    if (read_json(target / "prepared.json") or {}).get("plan") != plan.key:
+    asked = read_json(target / "prepared.json")
+    if not isinstance(asked, dict) or asked.get("plan") != plan.key:
         raise DataError(f"{target} is a store of other inputs or settings", fix="give another --output, or --overwrite")
     for split in SPLITS:
         TokenStore(target, split).check_sizes()

@@ -44,6 +44,8 @@ from tinyllama.data.store import (
 from tinyllama.errors import DataError
 
 COPY_BYTES = 1 << 22
+START_BYTES = 8  # of a document's start
+RECORD = ("settings", "version", "identity", "records", "excluded", "skipped", "splits")  # what `part.py` writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +122,10 @@ class Work:
         for file in written["files"]:
             del file["opens"]  # secrets stay in memory
         write_json(self.folder / "plan.json", written)
-        layout = read_json(self.folder / "layout.json")
-        if layout and self._layout() != layout:
-            (self.folder / "layout.json").unlink()
+        noted = self.folder / "layout.json"
+        layout = read_json(noted)
+        if noted.exists() and (layout is None or self._layout() != layout):
+            noted.unlink()
             for name in ("shards", "store"):
                 shutil.rmtree(self.folder / name)
                 (self.folder / name).mkdir()
@@ -154,7 +157,12 @@ class Work:
     def record(self, index: int) -> dict[str, Any] | None:
         """The record of a finished part; None if it has none, or belongs to another version of the input."""
         file, record = self.plan.files[index], read_json(self.part(index).with_suffix(".json"))
-        if record is None or record["settings"] != self.plan.settings.key or record["version"] != file.version:
+        if (
+            not isinstance(record, dict)
+            or not {*RECORD} <= record.keys()
+            or record["settings"] != self.plan.settings.key
+            or record["version"] != file.version
+        ):
             return None
         identity = record["identity"]
         return record if (identity["name"], identity["bytes"]) == (file.name, file.size_bytes) else None
@@ -165,13 +173,14 @@ class Work:
         if record is None or (record["skipped"] and not self.skipped_file(index).exists()):
             return False
         for split, counts in record["splits"].items():
+            sizes = {"tokens": counts["tokens"] * self.width, "documents": counts["documents"] * START_BYTES}
             try:
-                size = self.part_file(index, split, "tokens").stat().st_size
+                found = {kind: self.part_file(index, split, kind).stat().st_size for kind in sizes}
             except FileNotFoundError:
                 if not self._is_packed(index, split):
                     return False
                 continue
-            if size != counts["tokens"] * self.width:
+            if found != sizes:
                 return False
         return True
 
@@ -227,11 +236,16 @@ class Work:
 
     def shard_record(self, split: str, number: int) -> dict[str, Any] | None:
         """The record of a finished shard of this layout; None if there is none."""
-        record = read_json(self.folder / "shards" / f"{shard_name(split, number)}.json")
-        if record is None or record["layout"] != self._load_layout()["key"]:
+        name = shard_name(split, number)
+        record = read_json(self.folder / "shards" / f"{name}.json")
+        if not isinstance(record, dict) or record.get("layout") != self._load_layout()["key"]:
             return None
-        path = self.folder / "store" / f"{shard_name(split, number)}.tokens"
-        return record if path.exists() and path.stat().st_size == record["num_tokens"] * self.width else None
+        sizes = {"tokens": record["num_tokens"] * self.width, "documents": record["num_documents"] * START_BYTES}
+        try:
+            found = {kind: (self.folder / "store" / f"{name}.{kind}").stat().st_size for kind in sizes}
+        except FileNotFoundError:
+            return None
+        return record if found == sizes else None
 
     def _shards_of(self, index: int, split: str) -> range:
         ends, size = self._load_layout()["ends"][split], self.plan.settings.shard_tokens

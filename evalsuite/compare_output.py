@@ -213,6 +213,7 @@ def sheets(report: Report, curve: bool = False, intervals: bool = True) -> list[
 def print_sheets(report: Report, console: Console, curve: bool = False) -> None:
     """Show the tables on a terminal; without the intervals of the values where it is narrow."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -220,7 +221,7 @@ def print_sheets(report: Report, console: Console, curve: bool = False) -> None:
     for sheet in found:
         # A narrow terminal shows less: names say the tokens where it matters, and whether a test is paired is in "pairs".
         shown = [i for i, h in enumerate(sheet.headings) if console.width >= WIDE or h not in ("tokens", "test")]
-        table = Table(title=sheet.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(title=escape(sheet.title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in (sheet.headings[i] for i in shown):
             words = heading in ("model", "score", "test", "verdict")
             justify: Literal["left", "right"] = "left" if words else "right"

@@ -72,6 +72,7 @@ def verify(
       tinyllama eval-data verify bundle.tar.zst --json
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from evalsuite import data_sets, manifest, packing
@@ -86,13 +87,13 @@ def verify(
     if as_json:
         print(packing.as_json(findings))
     else:
-        table = Table(title=f"{bundle}, {'by its manifest' if listed else 'which has no manifest: no sums'}")
+        table = Table(title=escape(f"{bundle}, {'by its manifest' if listed else 'which has no manifest: no sums'}"))
         for heading in ("data set", "tasks", "files", "rows", "MB", "problems"):
             table.add_column(heading, justify="left" if heading == "data set" else "right")
         for found in findings:
             tasks = str(found.configs) if found.expected is None else f"{found.configs} of {found.expected}"
             numbers = (f"{found.files:,}", f"{found.rows:,}", f"{found.bytes / 1e6:.1f}", str(len(found.problems)))
-            table.add_row(found.data_set, tasks, *numbers, style="red" if found.problems else None)
+            table.add_row(escape(found.data_set), tasks, *numbers, style="red" if found.problems else None)
         absent = [d.hub for d in data_sets.DATA_SETS if d.hub not in {found.data_set for found in findings}]
         Console(highlight=False).print(table)
         if absent:

@@ -275,6 +275,7 @@ def _clean(entry: dict[str, Any]) -> str:
 def print_comparison(results: dict[str, Any], console: Console) -> None:
     """Show a table for every suite that was evaluated, and one for other tasks. Fits 80 columns."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -282,24 +283,24 @@ def print_comparison(results: dict[str, Any], console: Console) -> None:
         found = suite_table(results, suite)
         # In a narrow terminal the tokens go: the models' names say them where it matters.
         shown = [i for i in range(len(found.headings)) if i != 1 or console.width >= 96]
-        table = Table(title=found.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(title=escape(found.title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for index in shown:
             justify: Literal["left", "right"] = "left" if index == 0 else "right"
             table.add_column(Text(found.headings[index]), justify=justify, no_wrap=True)
         for position, (label, rows) in enumerate(found.groups):
             for number, row in enumerate(rows):
                 style = None if label.startswith("published") else "bold green" if number == 0 else "green"
-                table.add_row(*(row[i] for i in shown), style=style, end_section=number == len(rows) - 1)
+                table.add_row(*(Text(row[i]) for i in shown), style=style, end_section=number == len(rows) - 1)
             found.footnotes.insert(position, label)
         console.print(table)
         for line in found.footnotes:
             console.print(Text(f"  {line}"), style="dim")
         console.print()
     for title, headings, rows in _other_tables(results):
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in headings:
             words = heading in ("task", "protocol", "metric")
-            table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+            table.add_column(Text(heading), justify="left" if words else "right", overflow="fold", no_wrap=not words)
         for cells in rows:
             table.add_row(*map(Text, cells))
         console.print(table)

@@ -74,11 +74,12 @@ def _alike(old: str, new: str) -> bool:
 
 def print_sheets(sheets: Sequence[Sheet], console: Console) -> None:
     """Tables on the console, each with its notes."""
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     for sheet in sheets:
-        table = Table(title=sheet.title)
+        table = Table(title=escape(sheet.title))
         for index, heading in enumerate(sheet.headings):
             left = index < sheet.text_columns
             table.add_column(heading, justify="left" if left else "right", no_wrap=left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import random_llama
 from conftest import ROOT, tinyllama
+from rich.console import Console
 
-from evalsuite import compare, definitions, own_suites, suites
+from evalsuite import compare, compare_output, definitions, own_suites, suites, table
 from tinyllama.errors import UserError
 
 # The example of docs/evaluation.md is what is tested here.
@@ -75,6 +77,25 @@ def test_suites_are_compared(measured, tmp_path):
     found = report.comparison(report.models[1], "mine")
     assert found is not None
     assert found.difference == 0
+
+
+def test_brackets_in_names_are_shown_as_they_are(measured, tmp_path):
+    """Rich takes them for markup: [/] is an error, [bold] is swallowed."""
+    results = json.loads(json.dumps(measured[1]))
+    results["model"] = "models/m[bold]"
+    results["own_suites"]["mine"]["title"] = "[/] [bold]mine"
+    results["own_suites"]["mine"] |= {"benchmarks": ["riddles"], "titles": ["[/]"]}
+    results["suites"] = {}  # piqa is now in a table of ours, with the model's name
+    console = Console(file=io.StringIO(), width=120)
+    table.print_comparison(results, console)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**results, "model": f"{name}[bold]"}))
+    compare_output.print_sheets(compare.compare([str(tmp_path / "a"), str(tmp_path / "b")]), console)
+    shown = console.file.getvalue()
+    assert "[/] [bold]mine" in shown
+    assert "m[bold]" in shown
+    assert "b[bold]" in shown
 
 
 def test_what_a_suite_asks_is_what_decides_a_result(folder, tmp_path):

@@ -225,7 +225,8 @@ class Sandbox:
     def probe(self) -> str:
         """Try the containment; returns its name. UserError if it does not hold, or a harmless program fails."""
         try:
-            verdict = self.run("x = sum(range(10))\nassert x == 45\nopen('/tmp/mine', 'w').write('x')")
+            packages = "".join(f"import {path.name}\n" for path in _packages() if path.name.isidentifier())
+            verdict = self.run(f"{packages}x = sum(range(10))\nassert x == 45\nopen('/tmp/mine', 'w').write('x')")
         except OSError as error:
             raise UserError(
                 f"model-written programs cannot be contained here ({error})",

@@ -12,6 +12,7 @@ from evalsuite.containment.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID
 FIRST_UID = 1 << 30  # started by root, a program runs under FIRST_UID + the number of its process: a uid without files
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SCRATCH = ("/tmp", "/dev/shm")  # what can be written in; multiprocessing keeps its semaphores in the second
+WORK = "/tmp/program"  # where a program starts: an empty folder, whatever else lies in /tmp
 FILES = {  # in /etc: the program's own name and its host's
     "passwd": "program:x:{uid}:{gid}::/tmp:/bin/sh\n",
     "group": "program:x:{gid}:\n",
@@ -51,27 +52,29 @@ def build_root(task: dict[str, Any], uid: int | None) -> int:
     mount("none", "/", None, MS_REC | kernel.MS_PRIVATE)
     new = "/tmp"
     # The next mount hides /tmp; roots that lie in it are reached through descriptors opened before.
-    opened = {path: os.open(path, os.O_PATH) for path in task["roots"] if not os.path.islink(path)}
+    links = {path: os.readlink(path) for path in task["roots"] if os.path.islink(path)}
+    opened = {path: os.open(path, os.O_PATH) for path in task["roots"] if path not in links}
     mount("tmpfs", new, "tmpfs", MS_NOSUID | MS_NODEV, f"size=1m,nr_inodes={INODES},mode=755")
+    for path in SCRATCH:  # before the roots, of which some may lie in it: an environment in /tmp
+        os.makedirs(new + path, exist_ok=True)
+        data = f"size={task['scratch_bytes']},nr_inodes={INODES},mode=1777"
+        mount("tmpfs", new + path, "tmpfs", MS_NOSUID | MS_NODEV, data)
+    os.makedirs(new + WORK)
+    os.chmod(new + WORK, 0o1777)
     for path, descriptor in opened.items():
         os.makedirs(new + path, exist_ok=True)
         mount(f"/proc/self/fd/{descriptor}", new + path, None, MS_BIND | MS_REC)
         kernel.read_only(new + path)
         os.close(descriptor)
-    for path in task["roots"]:
-        if os.path.islink(path):
-            os.makedirs(os.path.dirname(new + path), exist_ok=True)
-            os.symlink(os.readlink(path), new + path)
+    for path, target in links.items():
+        os.makedirs(os.path.dirname(new + path), exist_ok=True)
+        os.symlink(target, new + path)
     for path in task["hidden"]:
         mount("tmpfs", new + path, "tmpfs", MS_NOSUID | MS_NODEV | kernel.MS_RDONLY, "size=4k,nr_inodes=2,mode=555")
     for device in DEVICES:
         os.makedirs(f"{new}/dev", exist_ok=True)
         os.close(os.open(f"{new}/dev/{device}", os.O_CREAT | os.O_WRONLY))
         mount(f"/dev/{device}", f"{new}/dev/{device}", None, MS_BIND)
-    for path in SCRATCH:
-        os.makedirs(new + path, exist_ok=True)
-        data = f"size={task['scratch_bytes']},nr_inodes={INODES},mode=1777"
-        mount("tmpfs", new + path, "tmpfs", MS_NOSUID | MS_NODEV, data)
     os.makedirs(f"{new}/etc", exist_ok=True)
     for name, text in FILES.items():
         with open(f"{new}/etc/{name}", "w") as stream:
@@ -85,7 +88,7 @@ def build_root(task: dict[str, Any], uid: int | None) -> int:
     kernel.check(kernel.libc.umount2(b".", kernel.MNT_DETACH), "detach the old root")
     kernel.check(kernel.libc.umount2(b"/proc", kernel.MNT_DETACH), "detach /proc")
     mount("none", "/", None, kernel.MS_REMOUNT | MS_BIND | kernel.MS_RDONLY | MS_NOSUID | MS_NODEV)
-    os.chdir("/tmp")
+    os.chdir(WORK)
     return processes
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,3 +124,27 @@ def test_the_tests_run_in_the_program_s_own_interpreter():
     assert sandbox.run("x = 1\n", tests="# nothing to test\n").passed
     assert sandbox.run("from __future__ import annotations\nn = 1\nf = lambda x: 2\n", tests=tests).passed
     sandbox.close()
+
+
+@pytest.mark.parametrize("below", ["/tmp", "/dev/shm"])
+def test_an_environment_in_a_scratch_folder_is_seen(below):
+    """Python and its packages may lie where programs have their own scratch folders, behind a link too."""
+    folder = Path(tempfile.mkdtemp(dir=below))
+    try:
+        (folder / "packages" / "mine").mkdir(parents=True)
+        (folder / "packages" / "mine" / "__init__.py").write_text("x = 1\n")
+        (folder / "link").symlink_to(folder / "packages")
+        for path in (folder, folder / "packages"):
+            path.chmod(0o755)
+        sandbox = Sandbox()
+        sandbox.roots += [str(folder / "packages"), str(folder / "link")]
+        sandbox.site += [str(folder / "link")]
+        text = f"import mine, os\nassert mine.x == 1 and {folder.name!r} in os.listdir({below!r})\n"
+        text += f"open('{below}/own', 'w').close()\n"
+        verdict = sandbox.run(text)
+        assert verdict.passed, verdict.reason
+        refused = sandbox.run(f"open('{folder}/packages/mine/__init__.py', 'a')")
+        assert "Read-only" in refused.reason or "Permission" in refused.reason
+        sandbox.close()
+    finally:
+        shutil.rmtree(folder)

@@ -44,6 +44,7 @@ WRITE_BYTES = 1 << 24
 STEP_NAME = re.compile(r"^step-([0-9]{1,18})$")
 SHARD, GENERATORS = "shard-{:05d}.safetensors", "rng-{:05d}.json"
 ANOTHER = "use another checkpoint"
+MOST_RANKS = 1 << 20
 # What `state.json` must have, and what it may: an older release did not write all of it.
 STATE: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -276,8 +277,10 @@ def _read_state(directory: Path) -> dict[str, Any]:
             continue
         if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             raise CheckpointError(f"{path}: {key} is missing, or not what it can be", fix=ANOTHER)
-    if not isinstance(state["recipe"].get("model"), dict) or not state["ranks"]:
+    if not isinstance(state["recipe"].get("model"), dict) or not 0 < state["ranks"] <= MOST_RANKS:
         raise CheckpointError(f"{path}: recipe.model or ranks is missing", fix=ANOTHER)
+    if odd := _odd(state):
+        raise CheckpointError(f"{path}: {odd} is not what it can be", fix=ANOTHER)
     try:
         ModelConfig.from_dict(state["recipe"]["model"])
     except ConfigError as error:
@@ -286,6 +289,29 @@ def _read_state(directory: Path) -> dict[str, Any]:
     if named and int(named.group(1)) != state["step"]:
         raise CheckpointError(f"{path} is of step {state['step']}", fix="give the folder its own name again")
     return state
+
+
+def _odd(state: dict[str, Any]) -> str | None:
+    """What of a state's lists and sections a run that goes on from it could not read; None if nothing is."""
+    recipe = state["recipe"]
+    for name in ("data", "training", "optimizer"):
+        if not isinstance(recipe.get(name, {}), dict):
+            return f"recipe.{name}"
+    for name in ("tokens", "batch_tokens"):
+        value = recipe.get("training", {}).get(name, 1)
+        if type(value) is not int or value < 1:
+            return f"recipe.training.{name}"
+    lists: tuple[tuple[str, Any, Any], ...] = (
+        ("recipe.data.sources", recipe.get("data", {}).get("sources", []), dict),
+        ("spikes", state.get("spikes", []), dict),
+        ("loss_window", state.get("loss_window", []), int | float),
+    )
+    for name, found, kind in lists:
+        if not isinstance(found, list) or not all(isinstance(entry, kind) for entry in found):
+            return name
+    if state.get("init_from") is not None and not isinstance(state["init_from"].get("path"), str):
+        return "init_from"
+    return None
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], report: Callable[[int], None]) -> str:

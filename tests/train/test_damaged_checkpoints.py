@@ -115,6 +115,14 @@ def changed_state(**more: object) -> Callable[[Path], None]:
     return change
 
 
+def changed_recipe(**sections: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        recipe = json.loads((folder / "state.json").read_text())["recipe"]
+        changed_state(recipe={**recipe, **sections})(folder)
+
+    return change
+
+
 def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         shutil.rmtree(folder)
@@ -184,6 +192,14 @@ DAMAGE = {
     "recipe with an odd model": changed_state(recipe={"model": {"hidden_size": "wide"}}),
     "no ranks": changed_state(ranks=0),
     "more ranks than shards": changed_state(ranks=3),
+    "more ranks than any machine has": changed_state(ranks=10**12),
+    "spikes that are numbers": changed_state(spikes=[1]),
+    "losses that are text": changed_state(loss_window=["1"]),
+    "start without a path": changed_state(init_from={}),
+    "batch of nothing": changed_recipe(training={"tokens": 6912, "batch_tokens": 0}),
+    "training that is a list": changed_recipe(training=[]),
+    "optimizer that is text": changed_recipe(optimizer="adam"),
+    "sources that are text": changed_recipe(data={"sources": ["prose"]}),
     "spikes that are an object": changed_state(spikes={}),
     "start that is text": changed_state(init_from="x"),
 }

@@ -69,14 +69,17 @@ def test_workers_that_still_import_end_with_a_command_that_is_killed(corpus, tok
 def test_a_command_that_swallows_its_signal_is_ended():
     """As a library can that catches everything, or is interrupted where Python drops what is raised (a callback)."""
     program = """
-import contextlib, os, signal, sys, time
+import contextlib, os, signal, sys, threading, time
 from tinyllama.cli import app
 app.CLEAN_UP_S = 0.3
+end, said = app._end, threading.Event()
+app._end = lambda number: said.wait() and end(number)
 app._stop_in_order(train=False)
 with contextlib.suppress(KeyboardInterrupt):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 print("goes on", flush=True)
+said.set()
 time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -385,6 +386,20 @@ def test_other_architectures(model: Path):
     assert "down_proj.weight has shape" in refusal(model)
     change(model, model_type="gpt2")
     model_source.find(model).check(ours=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"],
+)
+def test_pipes_and_devices_are_not_read(model: Path, name: str):
+    """A pipe never answers, and /dev/zero never ends."""
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    assert "no regular file" in refusal(model) or name == "model.safetensors"
+    (model / name).unlink()
+    (model / name).symlink_to("/dev/zero")
+    assert "no regular file" in refusal(model) or name == "model.safetensors"
 
 
 def test_nothing_of_it_needs_torch(model: Path):

@@ -21,9 +21,10 @@ from serve.online_table import online_sheets
 from serve.table import load_bench, markdown, print_bench
 
 REQUESTS, OUTPUT = 9, 12
-# The second point lasts six seconds: time to interrupt it.
+# The second point's rate is low where a sweep is stopped in it: it lasts three minutes, or fifteen seconds.
+RATE, RATE_TO_INTERRUPT, RATE_TO_KILL = 1.5, 0.05, 0.6
 SWEEP = [
-    "--measure", "online", "--rates", "40,1.5,inf", "--concurrency", "2", "--requests", str(REQUESTS),
+    "--measure", "online", "--concurrency", "2", "--requests", str(REQUESTS),
     "--online-repeats", "2", "--input-tokens", "20", "--output-tokens", str(OUTPUT), "--eager", "--seed", "3",
 ]  # fmt: skip
 
@@ -31,11 +32,13 @@ SWEEP = [
 class Attempt:
     """A `tinyllama serve` that is running, or has ended."""
 
-    def __init__(self, model: Path, output: Path, *more: str) -> None:
-        self.output = output
+    def __init__(self, model: Path, output: Path, *more: str, rate: float = RATE) -> None:
+        self.output, self.rate = output, rate
         self.errors = output.parent / "stderr"
         command = [sys.executable, "-m", "tinyllama", "serve", str(model), "--output", str(output), *SWEEP, *more]
+        command += ["--rates", f"40,{rate},inf"]
         environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "HTTP_PROXY": "http://127.0.0.1:1"}
+        environment["PYTHONUNBUFFERED"] = "1"  # what vLLM's client says is in the log at once
         environment["VLLM_API_KEY"] = "a key that the server must not ask for"
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
@@ -53,6 +56,9 @@ class Attempt:
     def statuses(self) -> list[str]:
         file = self.output / "bench.json"
         return [p["status"] for p in json.loads(file.read_text())["online"]["points"]] if file.exists() else []
+
+    def is_in_second_point(self) -> bool:
+        return f"Traffic request rate: {self.rate}" in (self.output / "vllm.log").read_text()
 
     def server_is_up(self) -> bool:
         log = self.output / "server.log"
@@ -79,9 +85,8 @@ def interrupted(llama: Path, output: Path) -> tuple[int, str, dict[str, Any], li
     """Exit code, last words, bench.json and the processes left of a sweep that got Ctrl-C in its second point."""
     import psutil
 
-    attempt = Attempt(llama, output)
-    attempt.wait_until(lambda: "done" in attempt.statuses())
-    time.sleep(1)
+    attempt = Attempt(llama, output, rate=RATE_TO_INTERRUPT)
+    attempt.wait_until(lambda: "done" in attempt.statuses() and attempt.is_in_second_point())
     family = psutil.Process(attempt.process.pid).children(recursive=True)
     attempt.process.send_signal(signal.SIGINT)
     code, said = attempt.ended()
@@ -94,9 +99,9 @@ def killed(interrupted, llama: Path, output: Path) -> tuple[int, str, dict[str, 
     import psutil
 
     (output / "server.log").unlink()
-    attempt = Attempt(llama, output)
+    attempt = Attempt(llama, output, rate=RATE_TO_KILL)
     attempt.wait_until(attempt.server_is_up)
-    time.sleep(2.5)
+    attempt.wait_until(attempt.is_in_second_point)
     family = psutil.Process(attempt.process.pid).children(recursive=True)
     next(p for p in family if "EngineCore" in " ".join(p.cmdline()) or "EngineCore" in p.name()).kill()
     return *attempt.ended(), load_bench(output)
@@ -118,7 +123,8 @@ def test_an_interrupt_keeps_the_finished_point_and_ends_the_server(interrupted):
     assert code == 130
     assert "what was finished is kept" in said
     assert states(bench)[:4] == [
-        ("rate", 40.0, "done"), ("rate", 1.5, "not run"), ("rate", "inf", "not run"), ("concurrency", 2.0, "not run")
+        ("rate", 40.0, "done"), ("rate", RATE_TO_INTERRUPT, "not run"), ("rate", "inf", "not run"),
+        ("concurrency", 2.0, "not run"),
     ]  # fmt: skip
     assert not left
     assert bench["throughput"] == []
@@ -127,10 +133,10 @@ def test_an_interrupt_keeps_the_finished_point_and_ends_the_server(interrupted):
 def test_a_server_that_dies_is_one_line_and_the_finished_points_stay(killed, interrupted):
     code, said, bench = killed
     assert code == 1
-    assert said.startswith("error: vLLM's server died in the middle of 1.5 req/s")
+    assert said.startswith("error: vLLM's server died in the middle of 0.6 req/s")
     assert "EngineDeadError" in said
     assert "server.log" in said
-    assert states(bench)[1:3] == [("rate", 1.5, "failed"), ("rate", "inf", "not run")]
+    assert states(bench)[1:3] == [("rate", RATE_TO_KILL, "failed"), ("rate", "inf", "not run")]
     assert bench["online"]["points"][0] == interrupted[2]["online"]["points"][0]  # kept, not measured again
     assert [entry["value"] for entry in bench["online"]["curve"]] == [40.0]
     assert "not finished" in markdown(bench)

@@ -8,9 +8,11 @@ process imports torch, and long before anything is loaded. `headers` reads safet
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
@@ -47,6 +49,14 @@ class Stored:
     shape: tuple[int, ...]
 
 
+def _regular(path: Path) -> int:
+    """Bytes of a file. OSError for what is none: a pipe or a device has no end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return found.st_size
+
+
 def read_object(path: Path, fix: str = "export the model again, or download it again") -> dict[str, Any]:
     """A JSON object. ConfigError for a file that is missing, unreadable or none; for a key that stands there twice."""
 
@@ -58,7 +68,7 @@ def read_object(path: Path, fix: str = "export the model again, or download it a
         return found
 
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if _regular(path) > MAX_JSON_BYTES:
             raise ValueError("it is larger than 1 GiB")
         content = path.read_bytes()
         if content.startswith(LFS_POINTER):
@@ -185,6 +195,7 @@ def _is_absent(file: Path) -> bool:
 def _is_pointer(file: Path) -> bool:
     """Whether it is what git leaves where the content was not downloaded."""
     try:
+        _regular(file)
         with open(file, "rb") as stream:
             return stream.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
@@ -270,7 +281,7 @@ def _counts(values: Any) -> bool:
 def checked_size(file: Path) -> int:
     """Bytes of a file that has any, and is not what git leaves where the content was not downloaded."""
     try:
-        size = file.stat().st_size
+        size = _regular(file)
         with open(file, "rb") as stream:
             start = stream.read(len(LFS_POINTER))
     except OSError as error:

@@ -86,7 +86,7 @@ class _Run:
         for config in (self.config, self.online_config):
             if config and config.kv_cache_bytes:
                 shown.note(f"KV cache: {config.kv_cache_bytes / 2**20:,.0f} MiB")
-        self.model_sha256 = job.source.recorded_content()
+        self.model_sha256 = job.source.content()  # read anew: an export may have been changed since its record
         used = self.config or self.online_config
         assert used is not None
         self.resolved = engine.resolved_settings(used)

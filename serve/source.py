@@ -94,10 +94,6 @@ class Source:
             return f"hub:{self.location}"
         return content_sha256(self.location)
 
-    def recorded_content(self) -> str:
-        """`content` as the export's record has it, where there is one: nothing is read again."""
-        return self.record.get("content_sha256") or self.content()
-
     def describe(self) -> dict[str, Any]:
         """The part of bench.json that says which model was measured."""
         shape = self.shape

@@ -15,7 +15,7 @@ from tinyllama import checkpoint, model_source
 from tinyllama.errors import UserError
 from tinyllama.model.config import ModelConfig
 
-# Runs the commands given as JSON, one after the other in one process, and prints exit code, error and processor seconds of each.
+# Runs the commands given as JSON, one after the other in one process; prints exit code, error and processor seconds of each.
 # Nothing may be looked up or connected to.
 RUNNER = """
 import json, sys, time

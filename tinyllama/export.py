@@ -193,6 +193,8 @@ def appearing(target: Path) -> Iterator[Path]:
         yield partial
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(_replaced(target), ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -204,6 +206,11 @@ def appearing(target: Path) -> Iterator[Path]:
             f"writing {target} failed ({os.strerror(code)})",
             fix=f"nothing was left behind; {'free space, or ' if full else ''}give another --output",
         ) from None
+
+
+def _replaced(target: Path) -> Path:
+    """Where an earlier export lies while a new one takes its name."""
+    return target.with_name(f"{target.name}.old{PARTIAL}")
 
 
 def _refused(error: BaseException) -> int | None:
@@ -262,16 +269,14 @@ def finish(partial: Path, target: Path, record: dict[str, Any]) -> None:
     record["content_sha256"] = content_sha256(partial)
     record["files"] = sorted(os.listdir(partial))
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    if not target.exists():
-        os.replace(partial, target)
-        return
-    old = target.with_name(f"{target.name}.old{PARTIAL}")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(target, old)
+    old = _replaced(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
     try:
         os.replace(partial, target)
     except BaseException:
-        if not target.exists():
+        if old.exists() and not target.exists():
             os.replace(old, target)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # also what a killed export has left

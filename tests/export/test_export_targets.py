@@ -95,3 +95,24 @@ def test_what_comes_while_the_export_is_written_is_kept(llama: Path, target: Pat
         quantize.export_quantized(llama, target, "fp8", check=False)
     assert (target / "eval").is_dir()
     assert os.listdir(target.parent) == ["small"]
+
+
+def test_an_interrupt_while_the_earlier_export_is_removed(llama: Path, target: Path, monkeypatch: pytest.MonkeyPatch):
+    remove, interrupts = shutil.rmtree, iter([KeyboardInterrupt])
+
+    def interrupted(path, **options):
+        if str(path).endswith(".old.partial") and Path(path).exists() and (error := next(interrupts, None)):
+            raise error
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize.export_quantized(llama, target, "fp8", check=False)
+    assert json.loads((target / RECORD).read_text())["quantization"]["scheme"] == "fp8"
+    assert os.listdir(target.parent) == ["small"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(llama: Path, target: Path):
+    target.rename(target.with_name("small.old.partial"))
+    quantize.export_quantized(llama, target, "fp8", check=False)
+    assert os.listdir(target.parent) == ["small"]

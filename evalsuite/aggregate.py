@@ -21,8 +21,8 @@ def estimate(entry: dict[str, Any], share: bool, count: int | None = None) -> Es
     value, stderr, n = entry["value"], entry["stderr"], float(entry.get("n") or count or 1)
     value = min(1.0, max(0.0, value)) if share else value  # but for rounding it is there
     if "effective_n" in entry:
-        dof = math.inf if entry["dof"] is None else entry["dof"]
-        return Estimate(value, stderr, entry["effective_n"], dof, entry["units"], share)
+        dof = math.inf if entry["dof"] is None else float(entry["dof"])
+        return Estimate(value, stderr, float(entry["effective_n"]), dof, float(entry["units"]), share)
     effective = value * (1 - value) / stderr**2 if share and stderr and 0 < value < 1 else n
     return Estimate(value, stderr, effective, math.inf if share else max(1.0, n - 1), n, share)
 

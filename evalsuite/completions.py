@@ -31,10 +31,10 @@ def _lines(path: Path, keys: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """The lines of a JSON Lines file; UserError names one that is none."""
     found = []
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    entry = json.loads(line)
+                    entry = json.loads(line.decode("utf-8"))
                     found.append({key: entry[key] for key in keys} | entry)
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"{path}:{number} is no completion ({error!r})", fix="evaluate again") from None

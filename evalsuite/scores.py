@@ -80,7 +80,7 @@ def load(name: str) -> Model:
     results = load_results(path)
     try:
         return _measured(path, results)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} is not a whole results file ({error!r})", fix="evaluate again") from None
 
 

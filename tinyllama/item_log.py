@@ -124,12 +124,13 @@ def read(path: Path, metric_key: str) -> list[Item]:
     """The items of a log file; UserError names a line that is none."""
 
     def entries() -> Iterator[dict[str, Any]]:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    entry = json.loads(line)
+                    entry = json.loads(line.decode("utf-8"))
+                    int(entry.get("row", entry["doc_id"]))
                     yield {k: entry[k] for k in ("task", "filter", "doc_hash", "prompt_hash", "doc_id")} | entry
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                     raise UserError(
                         f"{path}:{number} is no sample of an evaluation ({error})", fix="evaluate again"
                     ) from None

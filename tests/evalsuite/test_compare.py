@@ -335,6 +335,30 @@ def test_a_bad_results_file_is_one_line(tmp_path, content, words):
         compare.compare([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"effective_n": None}, {"effective_n": "x", "dof": 3, "units": 4}, {"effective_n": 4, "dof": "x", "units": 4},
+     {"n": "x"}, {"leaves": {"a": {"value": 0.5, "stderr": None, "n": 0}}}],
+)  # fmt: skip
+def test_a_damaged_score_is_one_line(tmp_path, changes):
+    results = json.loads((write(tmp_path / "a", {"piqa": [1, 0, 1]}) / "results.json").read_text())
+    results["tasks"]["piqa"] |= changes
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="is not a whole results file"):
+        compare.compare([str(tmp_path / "a")])
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[1]\n", b"5\n", b'{"doc_id": "x"}\n', b"[" * 99999],
+                         ids=["bytes", "list", "number", "fields", "depth"])  # fmt: skip
+def test_a_damaged_log_is_one_line(tmp_path, damage):
+    for name in ("a", "b"):
+        write(tmp_path / name, {"piqa": [1, 0, 1]})
+    path = samples.path_of(tmp_path / "b", "piqa")
+    path.write_bytes(damage + path.read_bytes())
+    with pytest.raises(UserError, match=r"piqa\.jsonl:1 is no sample of an evaluation"):
+        compare.compare([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
 def test_mistakes_exit_with_two(tmp_path):
     folder = write(tmp_path / "a", {"piqa": LEARNED})
     with pytest.raises(UserError, match="given twice"):

@@ -49,6 +49,9 @@ def eval_command(
         typer.Option(help="Copies of the model that share the items; default one for each GPU.", show_default=False),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Keep what results.json has of the same model and settings.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace scores of another model or other settings.")
+    ] = False,
     parity_check: Annotated[
         bool, typer.Option(help="Compare a converted model with another implementation before its scores count.")
     ] = True,
@@ -114,7 +117,7 @@ def eval_command(
     chosen = suites.sampled(chosen, samples_per_problem, temperature)
     target = output or Path("eval") / (Path(model).name + ("" if protocol == suites.HARNESS else f"-{protocol}"))
     request = runner.Request(
-        choice, chosen, data_dir, limit, target, contamination, protocol, tuple(own), resume, parity_check
+        choice, chosen, data_dir, limit, target, contamination, protocol, tuple(own), resume, parity_check, overwrite
     )
     console = Console(stderr=True, highlight=False)
     columns = (

@@ -19,9 +19,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evalsuite import backends, bundle, contamination, generation_settings, headline, samples, suites, task_loading
+from evalsuite import (
+    backends,
+    bundle,
+    contamination,
+    earlier_results,
+    generation_settings,
+    headline,
+    samples,
+    suites,
+    task_loading,
+)
 from evalsuite.aggregate import suite_means
 from evalsuite.answer_checks import of_scoring
+from evalsuite.earlier_results import FORMAT, what_decides
 from evalsuite.files import write_json, write_json_lines
 from evalsuite.item_checks import reason
 from evalsuite.lm_eval_format import BOOTSTRAP_ITERS, FEWSHOT_SEED, ResultsFile
@@ -32,8 +43,6 @@ from tinyllama.errors import UserError, nearest
 from tinyllama.export import TALKATIVE
 from tinyllama.units import lower_is_better
 
-FORMAT_FAMILY = "tinyllama-results"
-FORMAT = f"{FORMAT_FAMILY}-1"
 TEMPLATES = 1024  # of prompts, kept compiled
 NAMES = ("tinyllama", "lm_eval", "torch", "transformers", "datasets")
 
@@ -52,6 +61,7 @@ class Request:
     own_suites: tuple[suites.Suite, ...] = ()
     resume: bool = True
     parity_check: bool = True
+    overwrite: bool = False
 
 
 def versions() -> dict[str, str]:
@@ -170,47 +180,6 @@ def _task_key(request: Request, model_sha256: str, task: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_old(path: Path) -> dict[str, Any]:
-    """The results that lie there; nothing where there are none, or where they cannot be continued."""
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "no JSON"
-        raise UserError(f"{path} cannot be read ({reason})", fix="give another --output, or remove it") from None
-    if not isinstance(old, dict) or not str(old.get("format", "")).startswith(FORMAT_FAMILY):
-        raise UserError(f"{path} is not tinyllama eval's", fix="give another --output, or move it away")
-    tasks = old.get("tasks", {})
-    if not isinstance(tasks, dict) or not all(isinstance(entry, dict) for entry in tasks.values()):
-        raise UserError(f"{path} is damaged", fix="give another --output, or remove it")
-    return old if old["format"] == FORMAT else {}
-
-
-def _what_decides(results: dict[str, Any]) -> list[Any]:
-    """What two files have in common if one may take scores from the other: the model and how it is computed."""
-    settings = {k: v for k, v in results.get("settings", {}).items() if k != "copies"}
-    return [settings, *(results.get(k) for k in ("content_sha256", "backend", "protocol", "versions"))]
-
-
-def _kept(before: dict[str, Any], found: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """Finished benchmarks of the file before this one that still hold: those asked for now by their keys, others where all
-    that decides is the same. Clean scores are made anew.
-    """
-    same = _what_decides(before) == _what_decides(found)
-    kept = {
-        name: {k: v for k, v in entry.items() if k != "clean"}
-        for name, entry in before.get("tasks", {}).items()
-        if (entry.get("key") == keys[name] if name in keys else same)
-    }
-    return _in_order(kept, list(keys))
-
-
-def _in_order(tasks: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """What was asked for, in the order asked; then what else there is."""
-    return {name: tasks[name] for name in (*names, *tasks) if name in tasks}
-
-
 def evaluate(request: Request, report: Callable[[str, str, float], None]) -> dict[str, Any]:
     """Evaluate what is not done yet. report(benchmark, state, seconds) is called at "start", "done" and "kept", and on the
     way with "part" and the part that is done.
@@ -240,12 +209,8 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], folde
 
         Sandbox.shared()
     path = request.output / "results.json"
-    before = _read_old(path)
+    before = earlier_results.read(path)
     refuse_foreign(request.output / "table.md", lambda text: text.startswith("## "), "tinyllama eval's")
-    if request.resume and before.get("tasks") and before.get("protocol") != request.protocol:
-        raise UserError(
-            f"{path} is of protocol {before.get('protocol')}, this is {request.protocol}", fix="give another --output"
-        )
     found: dict[str, Any] = {
         "format": FORMAT,
         "model": request.choice.path,
@@ -266,7 +231,9 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], folde
         | {suite.name: suite.record() for suite in request.own_suites},
     }
     keys = {t.benchmark.name: _task_key(request, model_sha256, t) for t in prepared}
-    found["tasks"] = _kept(before, found, keys) if request.resume else {}
+    found["tasks"] = earlier_results.kept(before, found, keys) if request.resume else {}
+    if request.resume and not request.overwrite:
+        earlier_results.refuse_to_lose(path, before, found)
     missing = [t for t in prepared if t.benchmark.name not in found["tasks"]]
     context = backends.context(request.choice) if missing else None
     if request.choice.backend == "native" and any(task.generates for task in missing):
@@ -317,7 +284,7 @@ def _evaluate(request: Request, report: Callable[[str, str, float], None], folde
             if task.benchmark.runs_programs:
                 completions.write(request.output, name, rows)
             export.add(entry["task"], entry, results)
-            found["tasks"] = _in_order({**found["tasks"], name: entry}, list(keys))
+            found["tasks"] = earlier_results.in_order({**found["tasks"], name: entry}, list(keys))
             found["suites"] = suite_means(found["tasks"], own)
             write_json(path, found)
             report(name, "done", entry["seconds"])
@@ -335,7 +302,7 @@ def _proven_model(request: Request, found: dict[str, Any], before: dict[str, Any
     from evalsuite import parity
 
     choice = request.choice
-    proven = (before.get("parity") or {}).get("compared") and _what_decides(before) == _what_decides(found)
+    proven = (before.get("parity") or {}).get("compared") and what_decides(before) == what_decides(found)
     if not request.parity_check:
         found["parity"] = {"compared": False, "reason": "--no-parity-check"}
     elif request.resume and proven:

@@ -96,6 +96,7 @@ def serve_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what the last run finished, even if it was complete.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was measured of another model.")] = False,
     scores: Annotated[
         str | None, typer.Option(metavar="RESULTS", help="Evaluation of this model, to keep and show beside the speed.")
     ] = None,
@@ -204,7 +205,7 @@ def serve_command(
         return engine_config(source, loading, sequences, tokens)
 
     offline = "offline" in measured
-    job = Job(source, target, configure, workload, offline, online, resume, limits)
+    job = Job(source, target, configure, workload, offline, online, resume, overwrite, limits)
     _measure(job, console, as_json, beside)
 
 

@@ -39,7 +39,8 @@ class Job:
     """What to measure and where it goes. offline, online: None where that part is not asked for.
 
     configure: makes the engine's configuration for so many sequences of so many tokens. resume: keep what is finished
-    even if nothing is missing. limits: of the device, where the user said so.
+    even if nothing is missing. overwrite: replace what was measured of another model. limits: of the device, where the
+    user said so.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class Job:
     offline: bool = True
     online: OnlineWorkload | None = None
     resume: bool = False
+    overwrite: bool = False
     limits: Limits = NO_LIMITS
 
     @property
@@ -101,8 +103,15 @@ class _Run:
             alike = all(found[key] == self.fresh[key] for key in ("format", "versions", "device"))
             names = (*ENGINE, "model_sha256")
             alike &= all(found["settings"].get(name) == self.fresh["settings"][name] for name in names)
+            other = found["settings"]["model_sha256"] != self.model_sha256 and _is_measured(found)
+            model = found["model"]["path"] if other else None
         except (OSError, RecursionError, *INCOMPLETE):
             return None
+        if other and not self.job.overwrite:
+            raise UserError(
+                f"{self.job.target / 'bench.json'} is of another model, {model}",
+                fix="give another --output, or --overwrite to replace it",
+            )
         if not alike:
             return None
         try:  # all that goes on with it reads
@@ -181,6 +190,12 @@ class _Run:
         bench = measure(job.source, self.config, job.workload, job.log, advance, job.limits)
         bench["settings"]["model_sha256"] = self.model_sha256
         return bench
+
+
+def _is_measured(bench: dict[str, Any]) -> bool:
+    """Whether there is anything to lose."""
+    online = bench.get("online") or {"points": []}
+    return bool(bench["throughput"]) or any(point["status"] == "done" for point in online["points"])
 
 
 def unfinished(bench: dict[str, Any]) -> bool:

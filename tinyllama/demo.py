@@ -94,14 +94,34 @@ def plan(output: Path, tokenizer: Path | None, ranks: int, settings: Sequence[st
         Step(
             "eval",
             "Evaluation: both suites through lm-eval",
-            ("eval", "--model", str(export), "--tasks", "all", "--data-dir", "mini", "--output", str(scores))
+            (
+                "eval",
+                "--model",
+                str(export),
+                "--tasks",
+                "all",
+                "--data-dir",
+                "mini",
+                "--output",
+                str(scores),
+                "--overwrite",
+            )
             + (("--limit", str(limit)) if limit else ()),
             scores / "results.json",
         ),
         Step(
             "serve",
             "Serving: vLLM throughput, and latency under load",
-            ("serve", str(export), "--output", str(bench), "--online-repeats", "2", *(SHORT if limit else LOAD)),
+            (
+                "serve",
+                str(export),
+                "--output",
+                str(bench),
+                "--overwrite",
+                "--online-repeats",
+                "2",
+                *(SHORT if limit else LOAD),
+            ),
             bench / "bench.json",
         ),
         Step(

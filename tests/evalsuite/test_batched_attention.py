@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalsuite import backends, budget, runner
+from evalsuite import backends, budget, earlier_results
 from evalsuite.batched_attention import (
     BLOCKS,
     KEYS,
@@ -180,7 +180,7 @@ def test_a_gpu_computes_in_bfloat16_and_a_cpu_in_float32(tmp_path, monkeypatch):
             assert backends.choose(str(tmp_path), backend, "float32", None, None).dtype == "float32"
     # A result of one is never taken for the other's.
     results = [{"settings": {"dtype": choices[cuda, "native"].dtype}} for cuda in (False, True)]
-    assert runner._what_decides(results[0]) != runner._what_decides(results[1])
+    assert earlier_results.what_decides(results[0]) != earlier_results.what_decides(results[1])
 
 
 def test_passes_follow_from_the_free_memory():

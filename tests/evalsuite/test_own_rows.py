@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evalsuite import definitions, rows, runner, suites, task_config, task_loading, yaml_files
+from evalsuite import definitions, earlier_results, rows, suites, task_config, task_loading, yaml_files
 from tinyllama.errors import UserError
 
 GOOD = [{"q": "x", "a": 0}, {"q": "y", "a": 1}]
@@ -518,7 +518,7 @@ def test_one_task_is_not_asked_in_two_ways(tmp_path):
 def test_a_foreign_or_damaged_results_file_is_not_written_over(tmp_path, content, words):
     (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(UserError) as raised:
-        runner._read_old(tmp_path / "results.json")
+        earlier_results.read(tmp_path / "results.json")
     assert words in str(raised.value)
 
 

@@ -344,4 +344,4 @@ def test_results_of_two_protocols_do_not_share_a_folder(measured, model):
     )
     assert done.returncode == 2, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert "is of protocol paper, this is harness; give another --output" in error
+    assert "protocol 'paper', not 'harness'; give another --output" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_finished_points_are_kept():
 def test_a_damaged_bench_is_one_line_and_stays(tmp_path: Path, online: Any):
     job = Job(Source(str(tmp_path), "m", {}, {}), tmp_path, pytest.fail, Workload())
     run = object.__new__(_Run)
-    run.job, run.earlier = job, None
+    run.job, run.earlier, run.model_sha256 = job, None, "a"
     settings = {"dtype": "bfloat16", "max_model_len": 8, "eager": True, "draft": None, "model_sha256": "a"}
     run.fresh = {"format": "f", "versions": {}, "device": {}, "settings": settings}
     text = json.dumps({**run.fresh, "throughput": [], "latency": {}, "online": online})
@@ -142,3 +143,23 @@ def test_the_commands_of_the_docs_have_options_that_exist():
     assert len(lines) >= 7
     for _, name, *arguments in lines:
         group.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("measured", [{"throughput": [{"batch_size": 1}]}, {"online": half_done()}])
+def test_what_was_measured_of_another_model_is_not_lost(tmp_path: Path, measured: dict[str, Any]):
+    settings = {"dtype": "bfloat16", "max_model_len": 8, "eager": True, "draft": None, "model_sha256": "a"}
+    fresh = {"format": "f", "versions": {}, "device": {}, "settings": settings}
+    text = json.dumps({"model": {"path": "exports/a"}, "throughput": [], **fresh, **measured})
+    (tmp_path / "bench.json").write_text(text)
+    run = object.__new__(_Run)
+    run.job = Job(Source(str(tmp_path), "m", {}, {}), tmp_path, pytest.fail, Workload())
+    run.model_sha256, run.fresh = "b", {**fresh, "settings": {**settings, "model_sha256": "b"}}
+    with pytest.raises(
+        UserError, match=r"bench\.json is of another model, exports/a; give another --output, or --overwrite"
+    ):
+        run._earlier()
+    run.job = dataclasses.replace(run.job, overwrite=True)
+    assert run._earlier() is None
+    (tmp_path / "bench.json").write_text(json.dumps({**json.loads(text), "throughput": [], "online": None}))
+    run.job = dataclasses.replace(run.job, overwrite=False)
+    assert run._earlier() is None  # nothing was measured

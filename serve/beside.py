@@ -250,14 +250,15 @@ def _weight_bytes(bench: dict[str, Any]) -> int:
 
 def print_beside(baseline: dict[str, Any], bench: dict[str, Any], console: Any) -> None:
     """The comparison as a table, and what tests the scores."""
+    from rich.markup import escape
     from rich.table import Table
 
-    names = [label(b) for b in (baseline, bench)]
+    names = [escape(label(b)) for b in (baseline, bench)]
     table = Table(title=f"{names[1]} beside {names[0]}")
     for index, heading in enumerate(("", *names, "change")):
         table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows(baseline, bench):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     note = "Speed-up with its 95% interval over the repeats of both."
     if baseline.get("scores") and bench.get("scores"):

@@ -115,6 +115,9 @@ def test_table(llama, tmp_path):
     beside.Beside(second, before, "bench/full").print(after, console)
     shown = console.export_text()
     assert "small, int8 beside full" in shown
+    after["model"]["name"] = "small[/b]"  # a name, not a style
+    beside.Beside(second, before, "bench/full").print(after, console)
+    assert "small[/b], int8 beside full" in console.export_text()
     assert f"tinyllama compare {tmp_path / 'a'} {tmp_path / 'b'}" in shown
     (tmp_path / "b" / "samples" / "easy.jsonl").unlink()
     assert beside.changed(first, second, "easy") is None

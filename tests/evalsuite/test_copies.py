@@ -190,5 +190,10 @@ def test_other_benchmarks_join_what_is_there_and_other_settings_do_not(llama, un
     assert scores(tmp_path)["tasks"] == scores(undisturbed)["tasks"]
     tinyllama(*command(llama, tmp_path, "--no-resume", tasks="piqa"), env=ONE_THREAD)
     assert list(scores(tmp_path)["tasks"]) == ["piqa"]
-    tinyllama(*command(llama, tmp_path, "--limit", 2, tasks="boolq"), env=ONE_THREAD)
+    before = (tmp_path / "results.json").read_bytes()
+    done = tinyllama(*command(llama, tmp_path, "--limit", 2, tasks="boolq"), env=ONE_THREAD, check=False)
+    assert done.returncode == 2
+    assert "has scores (piqa) of limit None, not 2; give another --output, or --overwrite" in done.stderr
+    assert (tmp_path / "results.json").read_bytes() == before
+    tinyllama(*command(llama, tmp_path, "--limit", 2, "--overwrite", tasks="boolq"), env=ONE_THREAD)
     assert list(scores(tmp_path)["tasks"]) == ["boolq"]

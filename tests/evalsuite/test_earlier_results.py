@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import random_llama
-from conftest import tinyllama
 
 from evalsuite import earlier_results
 from tinyllama.errors import UserError
@@ -63,16 +61,3 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, value: Any):
     (tmp_path / "results.json").write_text(json.dumps({**FOUND, name: value}))
     with pytest.raises(UserError, match=r"results\.json is damaged"):
         earlier_results.read(tmp_path / "results.json")
-
-
-def test_the_command_replaces_them_where_it_is_told_to(tmp_path: Path):
-    model = random_llama.build(tmp_path / "model")
-    arguments = ["eval", "--model", model, "--tasks", "piqa", "--data-dir", "mini", "--output", tmp_path / "out"]
-    tinyllama(*arguments, "--limit", 3)
-    before = (tmp_path / "out" / "results.json").read_text()
-    done = tinyllama(*arguments, "--limit", 2, check=False)
-    assert done.returncode == 2
-    assert "has scores (piqa) of limit 3, not 2; give another --output, or --overwrite" in done.stderr
-    assert (tmp_path / "out" / "results.json").read_text() == before
-    tinyllama(*arguments, "--limit", 2, "--overwrite")
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["piqa"]["n"] == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama import checkpoint, model_source, processes, scratch
-from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.errors import MissingExtraError, UserError, first_line
 from tinyllama.model import stored
 from tinyllama.model_source import ModelSource
 
@@ -145,7 +145,7 @@ def make(choice: ModelChoice, log: Path) -> Any:
         known = isinstance(error, UserError | ModuleNotFoundError) or type(error).__name__ == "OutOfMemoryError"
         if choice.backend == "native" or known:
             raise
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"--backend {choice.backend} cannot load {choice.path} ({reason})", fix="use another --backend"
         ) from error

@@ -26,17 +26,17 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not tinyllama eval's", fix="give another --output, or move it away")
     tasks = old.get("tasks", {})
     sections = [tasks, old.get("settings", {}), old.get("versions", {})]
-    if not all(
-        isinstance(section, dict) for section in (*sections, *(tasks.values() if isinstance(tasks, dict) else ()))
-    ):
+    sections += tasks.values() if isinstance(tasks, dict) else []
+    if not all(isinstance(section, dict) for section in sections):
         raise UserError(f"{path} is damaged", fix="give another --output, or remove it")
     return old if old["format"] == FORMAT else {}
 
 
-def what_decides(results: dict[str, Any]) -> list[Any]:
+def what_decides(results: dict[str, Any]) -> dict[str, Any]:
     """What two files have in common if one may take scores from the other: the model and how it is computed."""
     settings = {k: v for k, v in results.get("settings", {}).items() if k != "copies"}
-    return [settings, *(results.get(k) for k in ("content_sha256", "backend", "protocol", "versions"))]
+    other = {k: results.get(k) for k in ("content_sha256", "backend", "protocol")}
+    return {**settings, **results.get("versions", {}), **other}
 
 
 def kept(before: dict[str, Any], found: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
@@ -52,23 +52,19 @@ def kept(before: dict[str, Any], found: dict[str, Any], keys: dict[str, str]) ->
     return in_order(kept, list(keys))
 
 
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
-    """All that decides but the model."""
-    settings, *_, versions = what_decides(results)
-    return {**settings, "backend": results.get("backend"), "protocol": results.get("protocol"), **versions}
-
-
 def refuse_to_lose(path: Path, before: dict[str, Any], found: dict[str, Any]) -> None:
     """UserError if the file has scores of another model, or of other settings, that would not be in it any more."""
     lost = [name for name in before.get("tasks", {}) if name not in found["tasks"]]
-    if not lost or what_decides(before) == what_decides(found):
+    old, new = what_decides(before), what_decides(found)
+    if not lost or old == new:
         return
-    if before.get("content_sha256") != found["content_sha256"]:
+    if old["content_sha256"] != new["content_sha256"]:
         what = f"another model, {before.get('model')}"
     else:
-        old, new = map(_settings, (before, found))
         what = ", ".join(
-            f"{name} {short(old.get(name))}, not {short(new[name])}" for name in new if old.get(name) != new[name]
+            f"{name} {short(old.get(name))}, not {short(new.get(name))}"
+            for name in {**new, **old}
+            if old.get(name) != new.get(name)
         )
     raise UserError(
         f"{path} has scores ({', '.join(lost)}) of {what}",

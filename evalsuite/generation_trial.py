@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evalsuite.names import short
-from tinyllama.errors import UserError
+from tinyllama.errors import UserError, first_line
 
 VOCABULARY = 1 << 18  # no smaller than those of the models that are evaluated: settings may name tokens
 PROMPTS, PROMPT, GENERATED = 2, 12, 2  # two prompts: some searches are for one alone
@@ -50,8 +50,7 @@ def refuse(settings: Mapping[str, Any]) -> None:
                 **as_transformers_takes(settings),
             )
         except Exception as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             told = ", ".join(f"{name}={short(value)}" for name, value in settings.items())
             raise UserError(
-                f"generation settings {told}: transformers refuses them ({reason[:200]})", fix="correct them"
+                f"generation settings {told}: transformers refuses them ({first_line(error)[:200]})", fix="correct them"
             ) from error

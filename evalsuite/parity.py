@@ -17,7 +17,7 @@ from typing import Any
 
 from evalsuite import backends
 from evalsuite.backends import ModelChoice
-from tinyllama.errors import ConfigError, UserError
+from tinyllama.errors import ConfigError, UserError, first_line
 from tinyllama.model import tokenizer_files
 from tinyllama.model.config import ModelConfig
 
@@ -123,8 +123,9 @@ def _reference(choice: ModelChoice) -> tuple[str, Callable[[list[int]], Any], in
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = next(iter(str(error).strip().splitlines()), "")[:200] or type(error).__name__
-            raise UserError(f"transformers cannot run it ({reason})", fix="correct its config.json") from error
+            raise UserError(
+                f"transformers cannot run it ({first_line(error)[:200]})", fix="correct its config.json"
+            ) from error
 
         def transformers_logits(ids: list[int]) -> Any:
             with torch.no_grad():

@@ -20,6 +20,11 @@ class UserError(Exception):
         return _rebuild, (type(self), self.what, self.fix, str(self))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an exception says; its type's name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _rebuild(kind: type[UserError], what: str, fix: str | None, text: str) -> UserError:
     error = kind.__new__(kind)
     error.what, error.fix = what, fix

@@ -6,7 +6,6 @@ Nothing is written. ConfigError, DataError and CheckpointError say what, the val
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import stat
@@ -18,7 +17,7 @@ from tinyllama import checkpoint
 from tinyllama.data.durable import refuse_foreign
 from tinyllama.data.loader import HeldOut, Mixture
 from tinyllama.data.store import file_sha256
-from tinyllama.errors import CheckpointError, ConfigError, MissingExtraError
+from tinyllama.errors import CheckpointError, ConfigError
 from tinyllama.model import fp8
 from train import evaluation, start
 from train import plan as planning
@@ -63,16 +62,15 @@ def check_precision(recipe: Recipe, deepspeed: dict[str, Any], here: bool) -> No
     """UserError if float8 products are asked for and cannot be had. here: of this machine, which a dry run is not about."""
     if recipe.training.precision != "fp8":
         return
-    if not deepspeed.get("bf16", {}).get("enabled", False):
-        raise ConfigError("training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file")
+    fp8.refuse_without_bf16(deepspeed.get("bf16", {}).get("enabled", False))
     model = recipe.model
     rows = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     sizes = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size}
     sizes["(num_attention_heads + 2 num_key_value_heads) x head size"] = rows
     if reason := fp8.refusal("", (0, 0), {f"model.{name}": size for name, size in sizes.items()}):
         raise ConfigError(f"training.precision='fp8' {reason}", fix=fp8.FIX)
-    if here and importlib.util.find_spec("torchao") is None:
-        raise MissingExtraError("torchao", "fp8")
+    if here:
+        fp8.refuse_without_torchao()
 
 
 def check_output(run: Path) -> None:

@@ -59,9 +59,10 @@ def prepare(
         raise DataError(f"seed {seed}", fix="give a number from 0 to below 2^64")
     if shard_tokens < 1 or (workers is not None and workers < 0):
         raise DataError(f"shard tokens {shard_tokens}, workers {workers}", fix="give numbers above zero")
-    if not 1 <= (rules or Rules()).max_document_bytes <= MOST_DOCUMENT_BYTES:
+    rules = rules or Rules()
+    if not 1 <= rules.max_document_bytes <= MOST_DOCUMENT_BYTES:
         raise DataError(
-            f"max document bytes {(rules or Rules()).max_document_bytes}",
+            f"max document bytes {rules.max_document_bytes}",
             fix=f"give a number from 1 to {MOST_DOCUMENT_BYTES:,}",
         )
     if executor not in ("local", "slurm", "ray"):
@@ -72,7 +73,7 @@ def prepare(
         separator_id=tokenizer.bos_id,
         validation_fraction=validation_fraction,
         seed=seed,
-        rules=rules or Rules(),
+        rules=rules,
         shard_tokens=shard_tokens,
     )
     left_out: LeftOut = {}

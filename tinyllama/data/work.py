@@ -173,7 +173,7 @@ class Work:
         if record is None or (record["skipped"] and not self.skipped_file(index).exists()):
             return False
         for split, counts in record["splits"].items():
-            sizes = {"tokens": counts["tokens"] * self.width, "documents": counts["documents"] * START_BYTES}
+            sizes = self._sizes(counts["tokens"], counts["documents"])
             try:
                 found = {kind: self.part_file(index, split, kind).stat().st_size for kind in sizes}
             except FileNotFoundError:
@@ -234,13 +234,17 @@ class Work:
         finished = len(list((self.folder / "shards").glob("*.json")))
         return min(self.total_bytes(), finished * self.plan.settings.shard_tokens * self.width)
 
+    def _sizes(self, tokens: int, documents: int) -> dict[str, int]:
+        """Bytes of the two files of a part or a shard, by their suffixes."""
+        return {"tokens": tokens * self.width, "documents": documents * START_BYTES}
+
     def shard_record(self, split: str, number: int) -> dict[str, Any] | None:
         """The record of a finished shard of this layout; None if there is none."""
         name = shard_name(split, number)
         record = read_json(self.folder / "shards" / f"{name}.json")
         if not isinstance(record, dict) or record.get("layout") != self._load_layout()["key"]:
             return None
-        sizes = {"tokens": record["num_tokens"] * self.width, "documents": record["num_documents"] * START_BYTES}
+        sizes = self._sizes(record["num_tokens"], record["num_documents"])
         try:
             found = {kind: (self.folder / "store" / f"{name}.{kind}").stat().st_size for kind in sizes}
         except FileNotFoundError:

@@ -37,16 +37,25 @@ def refusal(device: str, capability: tuple[int, int], sizes: dict[str, int]) -> 
     return None
 
 
+def refuse_without_bf16(bf16: bool) -> None:
+    """ConfigError unless DeepSpeed trains a bf16 copy of the weights."""
+    if not bf16:
+        raise ConfigError("training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file")
+
+
+def refuse_without_torchao() -> None:
+    """MissingExtraError where it is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingExtraError("torchao", "fp8")
+
+
 def set_precision(precision: str, bf16: bool, model: Llama, device: torch.device, micro_batch_tokens: int) -> Choice:
     """Apply `training.precision`; the row of the kernel table. bf16: whether DeepSpeed trains a bf16 copy of the weights.
 
     Raises what `convert` raises, and ConfigError for float8 without bf16.
     """
     if precision == "fp8":
-        if not bf16:
-            raise ConfigError(
-                "training.precision='fp8' needs bf16 weights", fix="set bf16.enabled in the DeepSpeed file"
-            )
+        refuse_without_bf16(bf16)
         return convert(model, device, micro_batch_tokens)
     from tinyllama.model.kernels import Choice
 
@@ -61,8 +70,7 @@ def convert(model: Llama, device: torch.device, micro_batch_tokens: int) -> Choi
     To be called on the bf16 or fp32 model before DeepSpeed wraps it; parameters stay what they are. On a CPU the
     products are emulated. Raises MissingExtraError without torchao, ConfigError where the GPU or a size does not fit.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise MissingExtraError("torchao", "fp8")
+    refuse_without_torchao()
     import torch
 
     from tinyllama.model.kernels import Choice

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinyllama.errors import ConfigError
+from tinyllama.errors import ConfigError, first_line
 from tinyllama.model import stored
 
 TOKENIZERS = (
@@ -56,8 +56,7 @@ def load(directory: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # those of tokenizers have no other base
-        reason = next(iter(str(error).strip().splitlines()), "")[:200]
         raise ConfigError(
-            f"{directory}: transformers cannot read its tokenizer ({reason or type(error).__name__})",
+            f"{directory}: transformers cannot read its tokenizer ({first_line(error)[:200]})",
             fix="save the tokenizer there that the model was trained with",
         ) from error

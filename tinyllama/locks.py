@@ -166,8 +166,9 @@ def give_back_all() -> None:
 
 def _take(path: Path, shown: Path, command: str) -> Lock:
     deadline, tries = None, 0
+    made: list[Path] = []  # by all tries: whoever is waited for may leave them
     while True:
-        made = _make_folders(path.parent)
+        made += [folder for folder in _make_folders(path.parent) if folder not in made]
         try:
             # Not through a link, which would have another file overwritten; and not waiting for the writer of a pipe.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)

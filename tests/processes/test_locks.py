@@ -44,7 +44,20 @@ def test_of_several_at_the_same_instant_one_wins(tmp_path):
             process.join()
         assert found.count("won") == 1
         assert all(word == "won" or word.startswith(f"{folder} is in use by one of many (pid ") for word in found)
-        assert not folder.exists()  # made for the lock alone
+        # One of them made the folder, another may have won it: an empty one may stay, and no file.
+        assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_folders_made_for_the_lock_alone_go_with_it(tmp_path):
+    folder = tmp_path / "some" / "run"
+    with locks.held(locks.inside(folder), folder, "ours"):
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    folder.parent.mkdir()
+    with locks.held(locks.inside(folder), folder, "ours"):
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == [folder.parent]
+    assert list(folder.parent.iterdir()) == []
 
 
 HOLDER = """

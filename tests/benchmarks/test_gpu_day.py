@@ -211,7 +211,7 @@ def test_a_day_that_is_ended_from_outside_keeps_what_it_has_and_leaves_no_proces
     assert until(lambda: descendants(process.pid))
     below = descendants(process.pid)
     process.terminate()
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
     found = {entry["row"]: entry for entry in rows.finished(rows.read(out / ROWS))}
     assert "install" in found
     assert any(entry.get("error") == "the day was ended by a signal" for entry in found.values())

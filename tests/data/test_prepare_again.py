@@ -144,4 +144,4 @@ def test_the_documented_slurm_script_ends_when_the_run_is_killed(tmp_path):
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    assert job.wait(timeout=20) == 128 + signal.SIGKILL
+    assert job.wait(timeout=60) == 128 + signal.SIGKILL

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import until
 
 from evalsuite import sandbox as sandbox_module
 from evalsuite.containment import groups
@@ -51,12 +52,12 @@ def ours(place: Place) -> list[str]:
 
 def none_is_left() -> bool:
     """Whether all groups are gone that nobody uses; the kernel may take a moment to end their processes."""
-    for _ in range(100):
+
+    def gone() -> bool:
         remove_stale(PLACE)
-        if not ours(PLACE):
-            return True
-        time.sleep(0.05)
-    return False
+        return not ours(PLACE)
+
+    return until(gone)
 
 
 @pytest.fixture
@@ -158,10 +159,7 @@ def test_a_group_of_a_killed_evaluation_is_removed():
         process.kill()
         process.wait()
         process.stdout.close()
-    for _ in range(100):
-        if all(_is_free(name) for name in before):
-            break
-        time.sleep(0.05)
+    assert until(lambda: all(_is_free(name) for name in before))
     sandbox = Sandbox()
     assert sandbox.run("").passed
     live = set(ours(PLACE)) - others

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 from program_texts import load
 
 from evalsuite.sandbox import PROBES, Limits, Sandbox, python_roots
@@ -83,7 +83,7 @@ def test_hostile_programs_are_contained(sandbox, name):
     verdict = sandbox.run((HOSTILE | load("hostile"))[name])
     assert not verdict.passed
     assert verdict.reason
-    assert time.monotonic() - started < 15  # thrice the limit on a machine that is busy
+    assert time.monotonic() - started < 120  # the limit is 1 s; other bombs may run on this machine
     assert not marker.exists()
     assert Path("/usr/bin").is_dir()
     assert nothing_is_left()
@@ -121,11 +121,7 @@ def test_programs_do_not_take_each_other_s_processes():
 
 def nothing_is_left() -> bool:
     """Whether every contained process is gone; the kernel may take a moment to end a thousand of them."""
-    for _ in range(50):
-        if not contained():
-            return True
-        time.sleep(0.1)
-    return False
+    return until(lambda: not contained(), 60)
 
 
 def contained() -> list[str]:
@@ -180,21 +176,14 @@ def test_a_killed_evaluation_leaves_no_process():
     code = f"from evalsuite.sandbox import *\nSandbox(Limits(wall_s=60, cpu_s=60)).run({text!r})"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
-        for _ in range(200):
-            if len(contained()) == 3:  # process 1 of its space, the program, and what it has forked
-                break
-            time.sleep(0.1)
-        assert len(contained()) == 3
+        # Process 1 of its space, the program, and what it has forked.
+        assert until(lambda: len(contained()) == 3, 60)
     finally:
         process.kill()
         process.wait()
     assert nothing_is_left()
     server = f"serve({process.pid})".encode()
-    for _ in range(50):
-        if not any(server in _reads(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the server lives on")
+    assert until(lambda: not any(server in _reads(path) for path in Path("/proc").glob("[0-9]*/cmdline")))
 
 
 def test_a_killed_server_is_replaced():

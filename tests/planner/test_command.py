@@ -52,6 +52,7 @@ def planned(plan):
     return run
 
 
+@pytest.mark.alone
 def test_answers_in_under_half_a_second():
     """Seconds of the processor, which are those of the clock where nothing else runs."""
     arguments = (

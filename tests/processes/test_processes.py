@@ -63,7 +63,7 @@ def test_a_family_ends_with_its_head(number):
             assert until(lambda: guardians(mark) not in ([], [guardian]))
             assert len(members(mark)) == 4
         head.send_signal(number)
-        head.wait(10)
+        head.wait(60)
         assert until(lambda: not members(mark))
     finally:
         head.kill()
@@ -79,7 +79,7 @@ def test_a_family_ends_with_its_block_and_descriptors_are_kept_until_then():
         os.set_blocking(reader, False)
         with pytest.raises(BlockingIOError):  # the guardian holds the other end
             os.read(reader, 1)
-    assert child.wait(1) == -signal.SIGKILL
+    assert child.wait(30) == -signal.SIGKILL
     assert os.read(reader, 1) == b""
     os.close(reader)
 
@@ -137,11 +137,11 @@ def test_a_watched_process_is_told_once_it_is_gone():
     processes.watch(process.pid, told.set)
     assert not told.wait(0.05)
     process.kill()
-    assert told.wait(10)  # before anybody has asked for its exit code
+    assert told.wait(60)  # before anybody has asked for its exit code
     process.wait()
     told.clear()
     processes.watch(process.pid, told.set)
-    assert told.wait(10)
+    assert told.wait(60)
 
 
 STOPPED = """

@@ -92,6 +92,7 @@ def test_a_machine_that_is_gone_ends_the_other_with_76_and_one_line(hosts, store
         )
     held = [run / "held-0", run / "held-1"]
     assert until(lambda: all(map(Path.exists, held)) or any(p.poll() is not None for p in started), 240)
+    assert until(lambda: [step for step, _ in checkpoint.list_checkpoints(run)] == [3])  # written in the background
     for pid in members(f"HERE={run}-1"):
         os.kill(pid, signal.SIGKILL)
     (run / "go-on").touch()

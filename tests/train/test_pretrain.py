@@ -201,6 +201,8 @@ def test_killed_and_interrupted_runs_end_with_the_same_weights_bit_for_bit(store
 
     process = start(stores, run, *more, extra=("--inject", "hold=forward@7"))
     wait_until_held(run, process)
+    # Step 6 is written in the background.
+    assert until(lambda: [step for step, _ in checkpoint.list_checkpoints(run)] == [3, 6])
     # DeepSpeed never removes its shared buffers, 66 MiB a rank: mapped without a name, they go with the process.
     for pid in ranks_below(process.pid):
         shared = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "deepspeed_allreduce" in line]

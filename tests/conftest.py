@@ -56,6 +56,8 @@ TINY_MODEL = [
 ]
 
 
+HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 # Even root is refused once it may not override permissions.
 WITHOUT_PRIVILEGES = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-all")
 
@@ -152,6 +154,17 @@ def preparing(inputs: Path, output: Path, tokenizer_model: Path) -> list[object]
 def content(store: Path) -> dict[str, bytes]:
     """Every file of a token store but the one that says how it was asked for."""
     return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals() -> Iterator[None]:
+    """What a test leaves ignored, all programs that later tests start would ignore as well: it fails here, not there."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    after = {number: signal.getsignal(number) for number in HANDLED}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WITHOUT_PRIVILEGES, settings, skip_unless_privileges_can_be_dropped, tinyllama
+from conftest import HANDLED, WITHOUT_PRIVILEGES, settings, skip_unless_privileges_can_be_dropped, tinyllama
 
 from tinyllama import checkpoint
 from tinyllama.cli.app import main
@@ -29,6 +30,9 @@ from train.state import refuse_other_run
 @pytest.fixture
 def refused(monkeypatch, capsys, stores, tmp_path):
     """The one red line of `tinyllama train`, with and without --dry-run; a launch fails the test."""
+
+    # The program's end, which this is not, leaves signals ignored.
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def call(*arguments: object, more: tuple[str, ...] = (), data: Path = stores, dry: bool = True) -> str:
         monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("it was launched"))
@@ -48,7 +52,9 @@ def refused(monkeypatch, capsys, stores, tmp_path):
         assert len(lines) == 1, lines
         return lines.pop()
 
-    return call
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_an_output_that_no_run_can_have(refused, tmp_path, finished_run):

@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: with two threads each they would wait for one another at every operation.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # few users set it, and without it output can be lost at an end
+
 for _number in (
     signal.SIGHUP,
     signal.SIGINT,

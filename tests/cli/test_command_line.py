@@ -41,10 +41,42 @@ def test_help_imports_nothing_heavy():
     assert not HEAVY & {name.split(".")[0] for name in done.stdout.split()}
 
 
-def test_the_exit_code_stands_where_the_error_cannot_be_written():
+UNBUFFERED = ({}, {"PYTHONUNBUFFERED": "1"})  # then a write fails at once, otherwise only as the program ends
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+def test_the_exit_code_stands_where_the_error_cannot_be_written(unbuffered):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "tinyllama", "report", "/nosuch"], stderr=full, check=False)
+        for arguments, code in ((["report", "/nosuch"], 2), (["--version"], 0)):
+            command = [sys.executable, "-m", "tinyllama", *arguments]
+            done = subprocess.run(command, stderr=full, env={**os.environ, **unbuffered}, check=False)
+            assert done.returncode == code
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["plan", "--loss", "2.5", "--json"], ["plan", "--help"]]
+)
+def test_an_output_that_cannot_be_written_is_one_line(arguments, unbuffered):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tinyllama", *arguments]
+        environment = {**os.environ, **unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.stderr == (
+        "error: writing the output failed (No space left on device); free space, or send it elsewhere\n"
+    )
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+def test_a_reader_that_has_gone_is_told_nothing(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tinyllama", "--help"]
+    environment = {**os.environ, **unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_an_error_is_one_line_of_text_whatever_value_it_shows(capsys):

@@ -171,7 +171,7 @@ full.save(engine, {**state, "step": 12})
 try:
     full.wait()
 except SaveError as error:
-    print(error)
+    print(error, flush=True)
 left = sorted(path.name for path in (run / "checkpoints").iterdir())
 assert left == [f"step-{step:08d}" for step in (4, 8, 9, 10, 11)], left
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -6,12 +6,13 @@ imports no package that builds on it. None of their command modules imports anyt
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tinyllama import __version__
 from tinyllama.errors import MissingExtraError, UserError
@@ -23,6 +24,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as of shells; after another signal 
 CLEAN_UP_S = 30.0  # for a command to end in order after a signal: as long as Slurm and Kubernetes give
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one stops `train` alone
 AGAIN = 75  # of `train`, whatever stopped it: run the same command again
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN_CHARACTERS = 1500  # of each end of a message that is longer than two of these
 
 COMMANDS = {
@@ -166,7 +168,39 @@ def _interrupted(received: list[int]) -> None:
 
 
 def main() -> None:
-    """Entry point of the `tinyllama` script."""
+    """Entry point of the `tinyllama` script: runs the command, and ends with its exit code once what it said is written."""
+    code: int | str | None = None
+    try:
+        _run()
+    except SystemExit as end:
+        code = end.code
+    error = _written(sys.stdout)
+    if error is not None and not code:  # the code of what failed before stands
+        code = 1 if isinstance(error, BrokenPipeError) else _no_room(error)
+    _written(sys.stderr)  # what cannot be told changes no code
+    sys.exit(code)
+
+
+def _written(stream: TextIO | None) -> OSError | None:
+    """Write out what a stream still holds; what it cannot write is dropped, so that Python's own try has no error."""
+    if stream is None or stream.closed:  # as by >&-
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return error
+    return None
+
+
+def _no_room(error: OSError) -> int:
+    print_error(f"writing the output failed ({error.strerror}); free space, or send it elsewhere")
+    return 2
+
+
+def _run() -> None:
     train = sys.argv[1:2] == ["train"] and "--dry-run" not in sys.argv
     before = {number: signal.getsignal(number) for number in STOPPING}
     received = _stop_in_order(train)
@@ -190,9 +224,11 @@ def main() -> None:
             raise
         _interrupted(received)  # typer has made an exit of the interrupt
     except BrokenPipeError:
-        # The reader (`head`, say) has gone: nothing to tell anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(1)  # the reader (`head`, say) has gone: nothing to tell anybody
+    except OSError as error:
+        if error.filename is not None or error.errno not in FULL:
+            raise
+        sys.exit(_no_room(error))  # of a standard stream: files of ours have names
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if train else handler)  # the exit code of a run stands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -158,14 +159,21 @@ def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir() if path.name != "prepared.json"}
 
 
+@contextlib.contextmanager
+def restored_handlers() -> Iterator[dict[int, object]]:
+    """The handlers of signals before, which they are again afterwards."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_signals() -> Iterator[None]:
     """What a test leaves ignored, all programs that later tests start would ignore as well: it fails here, not there."""
-    before = {number: signal.getsignal(number) for number in HANDLED}
-    yield
-    after = {number: signal.getsignal(number) for number in HANDLED}
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with restored_handlers() as before:
+        yield
+        after = {number: signal.getsignal(number) for number in HANDLED}
     assert after == before
 
 

@@ -6,6 +6,12 @@ exits with code 2; any other exception is a bug (or a failure of the machine) an
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import TextIO
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a file system answers where there is no more room
+
 
 class UserError(Exception):
     """A mistake in the input: `what` names the thing and its value, `fix` says what to do about it."""
@@ -23,6 +29,13 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line that an exception says; its type's name where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def send_nowhere(stream: TextIO) -> None:
+    """Drop what a stream still holds, and all that follows: it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _rebuild(kind: type[UserError], what: str, fix: str | None, text: str) -> UserError:

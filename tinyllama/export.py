@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama import __version__, checkpoint, model_source
 from tinyllama.data.store import file_sha256
-from tinyllama.errors import CheckpointError, ConfigError
+from tinyllama.errors import DISK_FULL, CheckpointError, ConfigError
 from tinyllama.model_source import RECORD
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ TALKATIVE = ("torchao", "torch.utils._pytree")
 MAX_SHARD_BYTES = 5_000_000_000
 PARTIAL = ".partial"  # what is being written, until it has its name
 REFUSALS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
+    *DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR,
     errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
 # The check runs in fp32, where both sides do the same operations; what is left is the order of sums.
@@ -201,7 +201,7 @@ def appearing(target: Path) -> Iterator[Path]:
         code = _refused(error)
         if code is None:
             raise
-        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = code in DISK_FULL
         raise ConfigError(
             f"writing {target} failed ({os.strerror(code)})",
             fix=f"nothing was left behind; {'free space, or ' if full else ''}give another --output",

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import errno
 import json
 import math
 import os
@@ -41,7 +40,7 @@ if __name__ == "__main__":
 from tinyllama import host_memory, locks, processes  # noqa: E402
 from tinyllama.cli.app import print_error  # noqa: E402
 from tinyllama.data.loader import HeldOut  # noqa: E402
-from tinyllama.errors import ConfigError, UserError  # noqa: E402
+from tinyllama.errors import DISK_FULL, ConfigError, UserError  # noqa: E402
 from train import accelerators, before_launch, memory, profiling, start  # noqa: E402
 from train import plan as planning  # noqa: E402
 from train.accumulation import Accumulation  # noqa: E402
@@ -566,7 +565,7 @@ def main(arguments: argparse.Namespace, beat: Heartbeat) -> int:
             print_error(str(error))
         return SAVE_FAILED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             print_error(f"no room to write in {arguments.output}: {error}")  # metrics, before a checkpoint met it
             return SAVE_FAILED
         if is_lost_connection(error) and (code := without_a_peer(error, beat)) is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from typing import Any, TextIO
+
+from tinyllama.errors import send_nowhere
 
 
 class Lasting:
@@ -31,9 +32,7 @@ class Lasting:
         """Of a reader that will not come back; there may be room on a disk again."""
         if error.errno in (errno.EIO, errno.EPIPE):
             with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                send_nowhere(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -44,13 +44,16 @@ def test_help_imports_nothing_heavy():
 UNBUFFERED = ({}, {"PYTHONUNBUFFERED": "1"})  # then a write fails at once, otherwise only as the program ends
 
 
+def ended(arguments: list[str], unbuffered: dict[str, str], **streams) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinyllama", *arguments]
+    return subprocess.run(command, env={**os.environ, **unbuffered}, text=True, check=False, **streams)
+
+
 @pytest.mark.parametrize("unbuffered", UNBUFFERED)
 def test_the_exit_code_stands_where_the_error_cannot_be_written(unbuffered):
     with open("/dev/full", "w") as full:
         for arguments, code in ((["report", "/nosuch"], 2), (["--version"], 0)):
-            command = [sys.executable, "-m", "tinyllama", *arguments]
-            done = subprocess.run(command, stderr=full, env={**os.environ, **unbuffered}, check=False)
-            assert done.returncode == code
+            assert ended(arguments, unbuffered, stderr=full).returncode == code
 
 
 @pytest.mark.parametrize("unbuffered", UNBUFFERED)
@@ -59,9 +62,7 @@ def test_the_exit_code_stands_where_the_error_cannot_be_written(unbuffered):
 )
 def test_an_output_that_cannot_be_written_is_one_line(arguments, unbuffered):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "tinyllama", *arguments]
-        environment = {**os.environ, **unbuffered}
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+        done = ended(arguments, unbuffered, stdout=full, stderr=subprocess.PIPE)
     assert done.stderr == (
         "error: writing the output failed (No space left on device); free space, or send it elsewhere\n"
     )
@@ -72,11 +73,9 @@ def test_an_output_that_cannot_be_written_is_one_line(arguments, unbuffered):
 def test_a_reader_that_has_gone_is_told_nothing(unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "tinyllama", "--help"]
-    environment = {**os.environ, **unbuffered}
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    done = ended(["--help"], unbuffered, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_an_error_is_one_line_of_text_whatever_value_it_shows(capsys):

@@ -6,13 +6,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HANDLED, WITHOUT_PRIVILEGES, settings, skip_unless_privileges_can_be_dropped, tinyllama
+from conftest import WITHOUT_PRIVILEGES, restored_handlers, settings, skip_unless_privileges_can_be_dropped, tinyllama
 
 from tinyllama import checkpoint
 from tinyllama.cli.app import main
@@ -30,9 +29,6 @@ from train.state import refuse_other_run
 @pytest.fixture
 def refused(monkeypatch, capsys, stores, tmp_path):
     """The one red line of `tinyllama train`, with and without --dry-run; a launch fails the test."""
-
-    # The program's end, which this is not, leaves signals ignored.
-    handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def call(*arguments: object, more: tuple[str, ...] = (), data: Path = stores, dry: bool = True) -> str:
         monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("it was launched"))
@@ -52,9 +48,8 @@ def refused(monkeypatch, capsys, stores, tmp_path):
         assert len(lines) == 1, lines
         return lines.pop()
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with restored_handlers():  # a command that refuses leaves signals ignored: its program ends with it
+        yield call
 
 
 def test_an_output_that_no_run_can_have(refused, tmp_path, finished_run):

@@ -6,7 +6,6 @@ imports no package that builds on it. None of their command modules imports anyt
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -15,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, TextIO
 
 from tinyllama import __version__
-from tinyllama.errors import MissingExtraError, UserError
+from tinyllama.errors import DISK_FULL, MissingExtraError, UserError, send_nowhere
 
 if TYPE_CHECKING:
     import typer
@@ -24,7 +23,6 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as of shells; after another signal 
 CLEAN_UP_S = 30.0  # for a command to end in order after a signal: as long as Slurm and Kubernetes give
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one stops `train` alone
 AGAIN = 75  # of `train`, whatever stopped it: run the same command again
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN_CHARACTERS = 1500  # of each end of a message that is longer than two of these
 
 COMMANDS = {
@@ -188,9 +186,7 @@ def _written(stream: TextIO | None) -> OSError | None:
     try:
         stream.flush()
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        send_nowhere(stream)
         return error
     return None
 
@@ -226,9 +222,9 @@ def _run() -> None:
     except BrokenPipeError:
         sys.exit(1)  # the reader (`head`, say) has gone: nothing to tell anybody
     except OSError as error:
-        if error.filename is not None or error.errno not in FULL:
+        if error.filename is not None or error.errno not in DISK_FULL:
             raise
-        sys.exit(_no_room(error))  # of a standard stream: files of ours have names
+        sys.exit(_no_room(error))  # of a standard stream: commands name the files that they write
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if train else handler)  # the exit code of a run stands
